@@ -1,0 +1,7 @@
+"""vit-pytorch's DeepViT and SimpleViT as Flax modules."""
+
+from flax_vit.deep_vit import DeepViT
+from flax_vit.simple_vit import SimpleViT
+
+__all__ = ['DeepViT', 'SimpleViT', '__version__']
+__version__ = '0.1.0'

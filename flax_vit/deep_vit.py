@@ -1,0 +1,181 @@
+"""DeepViT (Zhou et al. 2021, arXiv:2103.11886) as vit-pytorch computes it: `vit_pytorch/deepvit.py`.
+
+Submodules have the PyTorch names in the PyTorch order, so that PyTorch's `transformer.layers.3.1.net.4.weight`
+is `transformer/layers_3_1/net_4/kernel` here.
+"""
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from jax import Array
+from jaxtyping import Float, Shaped
+
+from flax_vit.layers import Identity, Layer, check_divisible, check_sizes, gelu, sequential, softmax, to_patches
+
+
+class FeedForward(Layer):
+    dim: int
+    hidden_dim: int
+    dropout: float
+
+    def setup(self) -> None:
+        self.net = [
+            self.layer_norm(),
+            self.linear(self.dim, self.hidden_dim),
+            gelu,
+            nn.Dropout(self.dropout),
+            self.linear(self.hidden_dim, self.dim),
+            nn.Dropout(self.dropout),
+        ]
+
+    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+        return sequential(self.net, x, train=train)
+
+
+class Attention(Layer):
+    """Re-attention (section 4.2 of the paper): the heads' attention maps are mixed, then normalised across heads."""
+
+    dim: int
+    heads: int
+    dim_head: int
+    dropout: float
+
+    def setup(self) -> None:
+        inner_dim = self.heads * self.dim_head
+        self.norm = self.layer_norm()
+        self.to_qkv = self.linear(self.dim, 3 * inner_dim, bias=False)
+        self.attention_dropout = nn.Dropout(self.dropout)
+        self.reattn_weights = self.param(
+            'reattn_weights', nn.initializers.normal(1.0), (self.heads, self.heads), self.param_dtype
+        )
+        self.reattn_norm = [heads_last, self.layer_norm(), heads_first]
+        self.to_out = [self.linear(inner_dim, self.dim), nn.Dropout(self.dropout)]
+
+    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+        qkv = self.to_qkv(self.norm(x))
+        q, k, v = rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads)
+        dots = jnp.einsum('bhid,bhjd->bhij', q, k, precision=self.precision) * self.dim_head**-0.5
+        # vit-pytorch drops out the attention map before re-attention, not after it
+        attn = self.attention_dropout(softmax(dots), deterministic=not train)
+        mix = self.reattn_weights.astype(attn.dtype)
+        attn = jnp.einsum('bhij,hg->bgij', attn, mix, precision=self.precision)
+        attn = sequential(self.reattn_norm, attn, train=train)
+        out = jnp.einsum('bhij,bhjd->bhid', attn, v, precision=self.precision)
+        return sequential(self.to_out, rearrange(out, 'b h n d -> b n (h d)'), train=train)
+
+
+def heads_last(attn: Float[Array, 'batch heads i j']) -> Float[Array, 'batch i j heads']:
+    return rearrange(attn, 'b h i j -> b i j h')
+
+
+def heads_first(attn: Float[Array, 'batch i j heads']) -> Float[Array, 'batch heads i j']:
+    return rearrange(attn, 'b i j h -> b h i j')
+
+
+class Transformer(Layer):
+    dim: int
+    depth: int
+    heads: int
+    dim_head: int
+    mlp_dim: int
+    dropout: float
+
+    def setup(self) -> None:
+        self.layers = [
+            [
+                Attention(
+                    dim=self.dim, heads=self.heads, dim_head=self.dim_head, dropout=self.dropout, **self.numerics
+                ),
+                FeedForward(dim=self.dim, hidden_dim=self.mlp_dim, dropout=self.dropout, **self.numerics),
+            ]
+            for _ in range(self.depth)
+        ]
+
+    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+        for attention, feed_forward in self.layers:
+            x = attention(x, train=train) + x
+            x = feed_forward(x, train=train) + x
+        return x
+
+
+class DeepViT(Layer):
+    """A vision transformer with re-attention, learned positions, a class token and dropout.
+
+    The arguments are vit-pytorch's, with its defaults; `dtype`, `param_dtype` and `precision` are linen's.
+    Raises ValueError when the fields make no model, and when the images it is called with don't fit.
+    """
+
+    image_size: int  # pixels of a side; smaller images, also oblong ones, use the first positions
+    patch_size: int
+    num_classes: int  # 0: no head, the result is the pooled features (batch, dim)
+    dim: int
+    depth: int
+    heads: int
+    mlp_dim: int
+    pool: str = 'cls'  # 'cls': the class token; 'mean': the mean of all tokens, the class token's too
+    channels: int = 3
+    dim_head: int = 64
+    dropout: float = 0.0
+    emb_dropout: float = 0.0
+    patch_norm: bool = True  # LayerNorms round the patch projection; vit-pytorch before 1.0.0 had none
+
+    def __post_init__(self) -> None:
+        check_sizes(self, image_size=1, patch_size=1, num_classes=0, dim=1, depth=1, heads=1, mlp_dim=1)
+        check_sizes(self, channels=1, dim_head=1)
+        check_divisible(self, (self.image_size, self.image_size), (self.patch_size, self.patch_size))
+        if self.pool not in {'cls', 'mean'}:
+            raise ValueError(f"DeepViT: pool must be 'cls' (class token) or 'mean' (of tokens), not {self.pool!r}.")
+        for name in ('dropout', 'emb_dropout'):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f'DeepViT: {name} must be a rate from 0 to 1, not {getattr(self, name)!r}.')
+        super().__post_init__()
+
+    def setup(self) -> None:
+        side = self.patch_size
+        num_patches = (self.image_size // side) ** 2
+
+        def cut(images: Shaped[Array, '...']) -> Float[Array, 'batch tokens patch_dim']:
+            return to_patches(
+                self,
+                images,
+                channels=self.channels,
+                patch_size=(side, side),
+                sizes=f'height and width multiples of {side}, at most {num_patches} patches of {side} x {side}',
+                fits=lambda height, width: (
+                    height % side == 0 and width % side == 0 and 0 < (height // side) * (width // side) <= num_patches
+                ),
+            )
+
+        projection = self.linear(self.channels * side**2, self.dim)
+        self.to_patch_embedding = (
+            [cut, self.layer_norm(), projection, self.layer_norm()] if self.patch_norm else [cut, projection]
+        )
+        normal = nn.initializers.normal(1.0)
+        self.pos_embedding = self.param('pos_embedding', normal, (1, num_patches + 1, self.dim), self.param_dtype)
+        self.cls_token = self.param('cls_token', normal, (1, 1, self.dim), self.param_dtype)
+        self.embedding_dropout = nn.Dropout(self.emb_dropout)
+        self.transformer = Transformer(
+            dim=self.dim,
+            depth=self.depth,
+            heads=self.heads,
+            dim_head=self.dim_head,
+            mlp_dim=self.mlp_dim,
+            dropout=self.dropout,
+            **self.numerics,
+        )
+        self.to_latent = Identity()
+        self.mlp_head = [self.layer_norm(), self.linear(self.dim, self.num_classes)] if self.num_classes else []
+
+    def __call__(self, images: Shaped[Array, 'batch ...'], *, train: bool = False) -> Float[Array, 'batch outputs']:
+        """Logits (batch, num_classes) of images (batch, height, width, channels) or (batch, channels, height, width).
+
+        With `train`, the dropout needs `rngs={'dropout': key}`.
+        """
+        x = sequential(self.to_patch_embedding, images, train=train)
+        x, cls_token, pos_embedding = nn.dtypes.promote_dtype(x, self.cls_token, self.pos_embedding, dtype=self.dtype)
+        batch, tokens, dim = x.shape
+        x = jnp.concatenate([jnp.broadcast_to(cls_token, (batch, 1, dim)), x], axis=1)
+        x = self.embedding_dropout(x + pos_embedding[:, : tokens + 1], deterministic=not train)
+        x = self.transformer(x, train=train)
+        x = self.to_latent(x.mean(axis=1) if self.pool == 'mean' else x[:, 0])
+        return sequential(self.mlp_head, x, train=train)

@@ -1,0 +1,121 @@
+"""What both models share: layers that start and compute as PyTorch's do, and the way images become patches."""
+
+from collections.abc import Callable, Sequence
+from numbers import Integral
+from typing import Any
+
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jax import Array, random
+from jaxtyping import Float, Shaped
+
+
+class Layer(nn.Module, kw_only=True):
+    """A linen module that hands its numeric fields on to what it is made of."""
+
+    dtype: Dtype | None = None  # of the computation; None: what inputs and parameters promote to
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None  # of matrix products; on GPU and TPU only 'highest' is really float32
+
+    @property
+    def numerics(self) -> dict[str, Any]:
+        return {'dtype': self.dtype, 'param_dtype': self.param_dtype, 'precision': self.precision}
+
+    def linear(self, in_features: int, features: int, *, bias: bool = True) -> nn.Dense:
+        """`torch.nn.Linear(in_features, features, bias)`: weight and bias start uniform in ±1/√in_features."""
+        init = uniform(in_features**-0.5)
+        return nn.Dense(features, use_bias=bias, kernel_init=init, bias_init=init, **self.numerics)
+
+    def layer_norm(self) -> nn.LayerNorm:
+        """`torch.nn.LayerNorm` of the last axis: epsilon 1e-5, two-pass variance; statistics at least float32."""
+        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=self.dtype, param_dtype=self.param_dtype)
+
+
+class Identity(nn.Module):
+    """`torch.nn.Identity`: gives its input a name that `capture_intermediates` can ask for."""
+
+    def __call__(self, x: Float[Array, '*shape']) -> Float[Array, '*shape']:
+        return x
+
+
+def gelu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
+    """`torch.nn.GELU()`: by the error function, not by its tanh approximation (flax's default)."""
+    return nn.gelu(x, approximate=False)
+
+
+def softmax(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
+    """Softmax of the last axis, computed at least in float32, returned in the dtype of `x`."""
+    return nn.softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+
+
+def sequential(layers: Sequence[Any], x: Float[Array, '...'], *, train: bool) -> Float[Array, '...']:
+    """`torch.nn.Sequential`: the layers in turn; Dropout acts in training only."""
+    for layer in layers:
+        x = layer(x, deterministic=not train) if isinstance(layer, nn.Dropout) else layer(x)
+    return x
+
+
+def uniform(bound: float) -> Initializer:
+    """Initial values uniform in [-bound, bound)."""
+
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        return random.uniform(key, tuple(shape), dtype, -bound, bound)
+
+    return init
+
+
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size that may be given as one number for both."""
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def to_patches(
+    model: nn.Module,
+    images: Shaped[Array, '...'],
+    *,
+    channels: int,
+    patch_size: tuple[int, int],
+    sizes: str,
+    fits: Callable[[int, int], bool],
+) -> Float[Array, 'batch patches values']:
+    """Cut images, channels last or channels first, into patches; a patch's values run over rows, columns, channels.
+
+    `fits(height, width)` says which sizes `model` takes, `sizes` says it in words. Where both orders fit, the
+    channels are last. Raises ValueError, with both shapes, when neither fits.
+    """
+    shape = images.shape
+    if images.ndim == 4 and shape[3] == channels and fits(*shape[1:3]):
+        order = 'b (h p1) (w p2) c'
+    elif images.ndim == 4 and shape[1] == channels and fits(*shape[2:4]):
+        order = 'b c (h p1) (w p2)'
+    else:
+        raise ValueError(
+            f'{type(model).__name__} takes images of shape (batch, height, width, {channels}) or '
+            f'(batch, {channels}, height, width), {sizes}; these have the shape {shape}.'
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(
+            f'{type(model).__name__} takes images of floating-point numbers, not {images.dtype}: '
+            'convert and normalise them as in training.'
+        )
+    return rearrange(images, f'{order} -> b (h w) (p1 p2 c)', p1=patch_size[0], p2=patch_size[1])
+
+
+def check_sizes(model: nn.Module, **smallest: int) -> None:
+    """ValueError unless each named field is a whole number, or a pair of them, not below the smallest allowed."""
+    for name, least in smallest.items():
+        value = getattr(model, name)
+        numbers = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+        if not all(isinstance(number, Integral) and int(number) >= least for number in numbers):
+            raise ValueError(f'{type(model).__name__}: {name} must be a whole number from {least} up, not {value!r}.')
+
+
+def check_divisible(model: nn.Module, image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
+    """ValueError unless whole patches fill the image."""
+    if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
+        raise ValueError(
+            f'{type(model).__name__}: the sides of image_size {image_size} must be multiples of those of '
+            f'patch_size {patch_size}.'
+        )

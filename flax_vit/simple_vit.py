@@ -1,0 +1,169 @@
+"""SimpleViT (Beyer, Zhai, Kolesnikov 2022, arXiv:2205.01580) as vit-pytorch computes it: `vit_pytorch/simple_vit.py`.
+
+Submodules have the PyTorch names in the PyTorch order, so that PyTorch's `transformer.layers.3.1.net.1.weight`
+is `transformer/layers_3_1/net_1/kernel` here.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax import Array
+from jaxtyping import Float, Float32, Shaped
+
+from flax_vit.layers import Identity, Layer, check_divisible, check_sizes, gelu, pair, sequential, softmax, to_patches
+
+
+def posemb_sincos_2d(
+    height: int, width: int, dim: int, temperature: float = 10_000
+) -> Float32[np.ndarray, 'height*width dim']:
+    """The fixed position table, row by row of the grid: sin x, cos x, sin y, cos y, a quarter of `dim` each.
+
+    PyTorch takes every step in float32, whatever the model's dtype. So does this, each result rounded correctly
+    (PyTorch's own power and sine may be one unit in the last place away from that, depending on the processor).
+    """
+
+    def rounded(function: np.ufunc, *arguments: Any) -> Float32[np.ndarray, '...']:
+        return function(*arguments, dtype=np.float64).astype(np.float32)
+
+    y, x = (axis.reshape(-1, 1).astype(np.float32) for axis in np.mgrid[:height, :width])
+    exponent = np.arange(dim // 4, dtype=np.float32) / np.float32(dim // 4 - 1)
+    omega = np.float32(1) / rounded(np.power, np.float32(temperature), exponent)
+    angles = [x * omega, y * omega]
+    table = [rounded(function, angle) for angle in angles for function in (np.sin, np.cos)]
+    return np.concatenate(table, axis=1)
+
+
+class FeedForward(Layer):
+    dim: int
+    hidden_dim: int
+
+    def setup(self) -> None:
+        self.net = [
+            self.layer_norm(),
+            self.linear(self.dim, self.hidden_dim),
+            gelu,
+            self.linear(self.hidden_dim, self.dim),
+        ]
+
+    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+        return sequential(self.net, x, train=train)
+
+
+class Attention(Layer):
+    dim: int
+    heads: int
+    dim_head: int
+
+    def setup(self) -> None:
+        inner_dim = self.heads * self.dim_head
+        self.norm = self.layer_norm()
+        self.to_qkv = self.linear(self.dim, 3 * inner_dim, bias=False)
+        self.to_out = self.linear(inner_dim, self.dim, bias=False)
+
+    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+        qkv = self.to_qkv(self.norm(x))
+        q, k, v = rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads)
+        dots = jnp.einsum('bhid,bhjd->bhij', q, k, precision=self.precision) * self.dim_head**-0.5
+        out = jnp.einsum('bhij,bhjd->bhid', softmax(dots), v, precision=self.precision)
+        return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))
+
+
+class Transformer(Layer):
+    dim: int
+    depth: int
+    heads: int
+    dim_head: int
+    mlp_dim: int
+    final_norm: bool
+
+    def setup(self) -> None:
+        self.norm = self.layer_norm() if self.final_norm else Identity()
+        self.layers = [
+            [
+                Attention(dim=self.dim, heads=self.heads, dim_head=self.dim_head, **self.numerics),
+                FeedForward(dim=self.dim, hidden_dim=self.mlp_dim, **self.numerics),
+            ]
+            for _ in range(self.depth)
+        ]
+
+    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+        for attention, feed_forward in self.layers:
+            x = attention(x, train=train) + x
+            x = feed_forward(x, train=train) + x
+        return self.norm(x)
+
+
+class SimpleViT(Layer):
+    """A vision transformer with a fixed sincos position table, mean pooling and a linear head; it has no dropout.
+
+    The arguments are vit-pytorch's, with its defaults; `dtype`, `param_dtype` and `precision` are linen's.
+    Raises ValueError when the fields make no model, and when the images it is called with don't fit.
+    """
+
+    image_size: int | tuple[int, int]  # pixels; (height, width) when not square
+    patch_size: int | tuple[int, int]
+    num_classes: int  # 0: no head, the result is the pooled features (batch, dim)
+    dim: int  # a multiple of 4
+    depth: int
+    heads: int
+    mlp_dim: int
+    channels: int = 3
+    dim_head: int = 64
+    patch_norm: bool = True  # LayerNorms round the patch projection; vit-pytorch before 1.0.0 had none
+    norm_after_mean: bool = False  # vit-pytorch before 1.4.0: mean over tokens first, then a LayerNorm in the head
+
+    def __post_init__(self) -> None:
+        check_sizes(self, image_size=1, patch_size=1, num_classes=0, dim=8, depth=1, heads=1, mlp_dim=1)
+        check_sizes(self, channels=1, dim_head=1)
+        check_divisible(self, pair(self.image_size), pair(self.patch_size))
+        if self.dim % 4:
+            raise ValueError(f'SimpleViT: dim must be a multiple of 4 for the sincos table, not {self.dim}.')
+        super().__post_init__()
+
+    def setup(self) -> None:
+        image_size, patch_size = pair(self.image_size), pair(self.patch_size)
+        patch_dim = self.channels * patch_size[0] * patch_size[1]
+
+        def cut(images: Shaped[Array, '...']) -> Float[Array, 'batch tokens patch_dim']:
+            return to_patches(
+                self,
+                images,
+                channels=self.channels,
+                patch_size=patch_size,
+                sizes=f'height and width {image_size}',
+                fits=lambda *size: size == image_size,
+            )
+
+        projection = self.linear(patch_dim, self.dim)
+        self.to_patch_embedding = (
+            [cut, self.layer_norm(), projection, self.layer_norm()] if self.patch_norm else [cut, projection]
+        )
+        self.pos_embedding = posemb_sincos_2d(image_size[0] // patch_size[0], image_size[1] // patch_size[1], self.dim)
+        self.transformer = Transformer(
+            dim=self.dim,
+            depth=self.depth,
+            heads=self.heads,
+            dim_head=self.dim_head,
+            mlp_dim=self.mlp_dim,
+            final_norm=not self.norm_after_mean,
+            **self.numerics,
+        )
+        self.to_latent = Identity()
+        if self.num_classes:
+            head = self.linear(self.dim, self.num_classes)
+            self.linear_head: Any = [self.layer_norm(), head] if self.norm_after_mean else head
+
+    def __call__(self, images: Shaped[Array, 'batch ...'], *, train: bool = False) -> Float[Array, 'batch outputs']:
+        """Logits (batch, num_classes) of images (batch, height, width, channels) or (batch, channels, height, width).
+
+        `train` is there for DeepViT's sake: SimpleViT computes the same in training.
+        """
+        x = sequential(self.to_patch_embedding, images, train=train)
+        x = x + self.pos_embedding.astype(x.dtype)
+        x = self.transformer(x, train=train)
+        x = self.to_latent(x.mean(axis=1))
+        if not self.num_classes:
+            return x
+        return sequential(self.linear_head, x, train=train) if self.norm_after_mean else self.linear_head(x)
