@@ -2,7 +2,7 @@
 
 
 class ConversionError(ValueError):
-    """The checkpoint is not one that can be converted; the message says what was found, what was expected, what to do."""
+    """Not to be converted; the message says what was found, what was expected and what to do."""
 
 
 class ConversionWarning(UserWarning):

@@ -1,0 +1,210 @@
+"""The way from a checkpoint to a Flax model, and back."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from convert import checkpoint, module, params
+from convert.errors import ConversionError, ConversionWarning
+from convert.fields import Field, resolve
+from convert.layouts import LAYOUTS, Layout, leaves
+from convert.params import Leaf
+from convert.unwrap import Unwrapped, unwrap
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a source is, before anything is converted."""
+
+    source: str
+    format: str
+    files: tuple[Path, ...]
+    unwrapped: Unwrapped
+    fields: Mapping[str, Field]
+
+    @property
+    def layout(self) -> Layout:
+        return self.unwrapped.fit.layout
+
+    @property
+    def tensors(self) -> Mapping[str, np.ndarray]:
+        """The model's tensors, in the layout's names."""
+        return self.unwrapped.tensors
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    @property
+    def dtypes(self) -> list[str]:
+        return sorted({str(tensor.dtype) for tensor in self.tensors.values()})
+
+    @property
+    def plan(self) -> list[tuple[str, Leaf]]:
+        """Every tensor's name in the source, and how it becomes a parameter."""
+        rules = leaves(self.layout, self.unwrapped.fit.depth, head=self.fields['num_classes'].value != 0)
+        return [(name, rules[name][0]) for name in self.tensors]
+
+    @property
+    def assumptions(self) -> str:
+        """What was assumed, as arguments: "pool='cls', dropout=0.0"."""
+        return ', '.join(f'{name}={field.value!r}' for name, field in self.fields.items() if field.how == 'assumed')
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The Flax model. Raises ConversionError naming every argument that is needed and not known."""
+        unknown = [
+            f'  {name}: {field.why}' for name, field in self.fields.items() if field.how == 'unknown' and field.why
+        ]
+        if unknown:
+            raise ConversionError(
+                f'This is a {self.layout}; the weights do not tell all of it. Give these arguments:\n'
+                + '\n'.join(unknown)
+            )
+        try:
+            return self.layout.model(**{name: field.value for name, field in self.fields.items()})
+        except ValueError as error:
+            raise ConversionError(str(error)) from error
+
+
+def inspect(source: Any, *, key: str | None = None, **overrides: Any) -> Inspection:
+    """What `source` is: layout, fields, what is left aside. Nothing is converted; unknown fields are allowed.
+
+    `source`: a path, a state dict (of torch tensors or arrays, or whatever a trainer wrapped it in), or a live
+    torch.nn.Module. `key` chooses among several models; `overrides` are fields of the Flax model.
+    Raises ConversionError, and FileNotFoundError.
+    """
+    known: Mapping[str, Any] = {}
+    files: tuple[Path, ...] = ()
+    if isinstance(source, str | os.PathLike):
+        read = checkpoint.read(source)
+        name, form, files, tree = str(source), read.format, read.files, read.tree
+    elif module.is_module(source):
+        inner = module.unwrapped(source)
+        name, form, tree = module.class_name(inner), 'live module', arrays(inner.state_dict())
+        known = module.known_fields(inner)
+    elif isinstance(source, Mapping):
+        name, form, tree = 'a state dict', 'in memory', arrays(source)
+    else:
+        raise ConversionError(f'A source is a path, a state dict or a torch.nn.Module, not a {type(source).__name__}.')
+    if 'param_dtype' in overrides:
+        overrides['param_dtype'] = floating_dtype(overrides['param_dtype'])
+    num_classes = overrides.get('num_classes', known.get('num_classes'))
+    found = unwrap(tree, key=key, head=num_classes != 0)
+    check_dtypes(found.tensors)
+    fields = resolve(found.fit, overrides, known)
+    if 'param_dtype' not in overrides:
+        dtypes = {jax.dtypes.canonicalize_dtype(tensor.dtype) for tensor in found.tensors.values()}
+        if len(dtypes) == 1:
+            fields['param_dtype'] = Field(dtypes.pop(), 'inferred', 'the tensors')
+    return Inspection(name, form, files, found, fields)
+
+
+def from_torch(
+    source: Any,
+    *,
+    key: str | None = None,
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    **overrides: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The Flax model that computes what `source` computes, and its variables, dtypes kept.
+
+    Arguments and errors as of `inspect`; what the weights don't tell is a ConversionError that names the argument.
+    `param_dtype` casts. Assumed fields, tensors left aside and rounded dtypes are reported by a ConversionWarning.
+    `track` wraps the loop over the parameters, to show progress.
+    """
+    inspection = inspect(source, key=key, **overrides)
+    model = inspection.model
+    for message in notes(inspection):
+        warnings.warn(message, ConversionWarning, stacklevel=2)
+    return model, place(inspection, track=track)
+
+
+def place(inspection: Inspection, *, track: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> dict[str, Any]:
+    """The variables for the model of an inspection."""
+    today = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}
+    asked = inspection.fields['param_dtype']
+    return params.to_flax(
+        inspection.model, today, param_dtype=asked.value if asked.how == 'given' else None, track=track
+    )
+
+
+def notes(inspection: Inspection) -> list[str]:
+    """What a caller should know of a conversion."""
+    messages = []
+    if inspection.assumptions:
+        messages.append(
+            f'The weights do not tell everything; assumed, as in vit-pytorch: {inspection.assumptions}. '
+            'Give what you know as arguments.'
+        )
+    if inspection.unwrapped.left_aside:
+        groups = '; '.join(f'{group}: {what}' for group, what in inspection.unwrapped.left_aside.items())
+        messages.append(f'Left aside, as no part of the model: {groups}.')
+    asked = inspection.fields['param_dtype'].how == 'given'
+    if 'float64' in inspection.dtypes and not jax.config.read('jax_enable_x64') and not asked:
+        messages.append(
+            "The float64 weights are rounded to float32, because JAX's 64-bit mode is off; "
+            "jax.config.update('jax_enable_x64', True) keeps them."
+        )
+    return messages
+
+
+def to_torch(model: nn.Module, variables: Mapping[str, Any], *, layout: str | None = None) -> dict[str, np.ndarray]:
+    """Arrays by the names of vit-pytorch's newest release that computes what `model` does, bits kept.
+
+    `layout` asks for an older release's names, by the layout's id ('D1').
+    Raises ConversionError when no release computes this, and when the variables are not the model's.
+    """
+    able = [candidate for candidate in LAYOUTS if candidate.computes(model)]
+    chosen = [candidate for candidate in able if layout in (None, candidate.id)]
+    if not chosen:
+        ids = ', '.join(f'{candidate.id} ({candidate})' for candidate in able)
+        asked = f'layout={layout!r} does not compute' if layout else 'No release of vit-pytorch computes'
+        raise ConversionError(f'{asked} what this {type(model).__name__} does. Layouts that do: {ids or "none"}.')
+    return {chosen[0].from_today(name): array for name, array in params.to_torch(model, variables).items()}
+
+
+def floating_dtype(dtype: Any) -> np.dtype[Any]:
+    """The dtype of a name or type. Raises ConversionError when weights can't have it."""
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError as error:
+        raise ConversionError(f'{dtype!r} is no dtype; float64, float32, float16 and bfloat16 are.') from error
+    if found != jax.dtypes.canonicalize_dtype(found) or not jnp.issubdtype(found, jnp.floating):
+        hint = "jax.config.update('jax_enable_x64', True) first." if found == np.float64 else 'Weights are floats.'
+        raise ConversionError(f'param_dtype={found} is not to be had: {hint}')
+    return found
+
+
+def check_dtypes(tensors: Mapping[str, np.ndarray]) -> None:
+    """ConversionError unless all are floating-point numbers that can be computed with."""
+    wrong = [
+        f'  {name}: {tensor.dtype}'
+        for name, tensor in tensors.items()
+        if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize == 1
+    ]
+    if wrong:
+        raise ConversionError(
+            'Weights must be float64, float32, float16 or bfloat16; these are not (quantised? convert them in PyTorch, '
+            'with .float()):\n' + '\n'.join(wrong)
+        )
+
+
+def arrays(tree: Any) -> Any:
+    """The tree with arrays for torch tensors; views, where the tensors are on the CPU."""
+    if isinstance(tree, Mapping):
+        return {name: arrays(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [arrays(value) for value in tree]
+    if hasattr(tree, 'detach'):
+        return checkpoint.array(tree)
+    return np.asarray(tree) if isinstance(tree, jax.Array) else tree

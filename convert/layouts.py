@@ -1,0 +1,241 @@
+"""Which vit-pytorch release wrote these names, and what the model must be to compute what that release computed.
+
+A layout is data. The names and shapes it needs are read off the Flax model itself (the names are the map), so a new
+architecture is a row here. `#` stands for the number of a transformer block.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from flax import linen as nn
+
+from convert.params import Leaf, differences, leaf, param_shapes
+from flax_vit import DeepViT, SimpleViT
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The names that a range of releases gave to the parameters of one model."""
+
+    id: str
+    model: type[nn.Module]
+    releases: str
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of the model, where they are not its defaults
+    renames: Mapping[str, str] = field(default_factory=dict)  # beginnings of its names -> of the Flax model's
+
+    def __str__(self) -> str:
+        return f'{self.model.__name__} of vit-pytorch {self.releases}'
+
+    def computes(self, model: nn.Module) -> bool:
+        """Whether the layout's releases compute what `model` does."""
+        return type(model) is self.model and all(
+            getattr(model, name) == self.fields.get(name, getattr(self.model, name))
+            for name in ('patch_norm', 'norm_after_mean')
+            if hasattr(model, name)
+        )
+
+    def to_today(self, name: str) -> str:
+        """The Flax model's PyTorch name of what this layout calls `name`."""
+        return rename(name, self.renames)
+
+    def from_today(self, name: str) -> str:
+        """What this layout calls the parameter with the Flax model's PyTorch name `name`."""
+        return rename(name, {ours: theirs for theirs, ours in self.renames.items()})
+
+
+_PRENORM = {
+    'transformer.layers.#.0.fn.norm.': 'transformer.layers.#.0.norm.',
+    'transformer.layers.#.0.fn.fn.': 'transformer.layers.#.0.',
+    'transformer.layers.#.1.fn.norm.': 'transformer.layers.#.1.net.0.',
+    'transformer.layers.#.1.fn.fn.net.0.': 'transformer.layers.#.1.net.1.',
+    'transformer.layers.#.1.fn.fn.net.3.': 'transformer.layers.#.1.net.4.',
+}
+_B_COS = {
+    'to_patch_embedding.linear.': 'to_patch_embedding.1.',
+    'transformer.encoder_#.attn.': 'transformer.layers.#.0.',
+    'transformer.encoder_#.ff.net.norm.': 'transformer.layers.#.1.net.0.',
+    'transformer.encoder_#.ff.net.linear1.': 'transformer.layers.#.1.net.1.',
+    'transformer.encoder_#.ff.net.linear2.': 'transformer.layers.#.1.net.3.',
+    'linear_head.norm.': 'linear_head.0.',
+    'linear_head.linear.': 'linear_head.1.',
+}
+_BEFORE_1_0 = {'patch_norm': False}
+_BEFORE_1_4 = {'norm_after_mean': True}
+
+# The newest layout of each function comes first: it is the one that `to_torch` writes.
+LAYOUTS = (
+    Layout('S3', SimpleViT, '1.4.1 and later'),
+    Layout('S1', SimpleViT, '1.0.0 to 1.2.9', _BEFORE_1_4),
+    Layout('S0', SimpleViT, '0.35.0 to 0.40.2', _BEFORE_1_0 | _BEFORE_1_4),
+    Layout(
+        'B-cos', SimpleViT, '0.35.0 to 0.40.2, under the names of B-cos/B-cos-v2', _BEFORE_1_0 | _BEFORE_1_4, _B_COS
+    ),
+    Layout('D2', DeepViT, '1.4.3 and later'),
+    Layout('D1', DeepViT, '1.0.0 to 1.4.2', {}, _PRENORM),
+    Layout('D0', DeepViT, '0.9.0 to 0.40.2', _BEFORE_1_0, _PRENORM),
+)
+
+_NUMBER = re.compile(r'(?<=\.layers\.|encoder_)\d+(?=\.)')
+
+
+def pattern(name: str) -> str:
+    """`name` with `#` for the number of its block."""
+    return _NUMBER.sub('#', name, count=1)
+
+
+def rename(name: str, renames: Mapping[str, str]) -> str:
+    """`name` with the longest beginning that has another name replaced by it."""
+    number, general = _NUMBER.search(name), pattern(name)
+    for old, new in sorted(renames.items(), key=lambda rule: -len(rule[0])):
+        if general.startswith(old):
+            renamed = new + general.removeprefix(old)
+            return renamed.replace('#', number[0], 1) if number else renamed
+    return name
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The size of an axis in terms of the model's fields: factor x value + offset."""
+
+    quantity: str
+    factor: int = 1
+    offset: int = 0
+
+    def size(self, sizes: Mapping[str, int]) -> int | str:
+        """The axis's size, or what it holds in words where `sizes` doesn't tell."""
+        return self.factor * sizes[self.quantity] + self.offset if self.quantity in sizes else str(self)
+
+    def __str__(self) -> str:
+        scaled = f'{self.factor} x {self.quantity}' if self.factor > 1 else self.quantity
+        return f'{scaled} + {self.offset}' if self.offset else scaled
+
+
+# A small model in which every quantity has a size of its own, so that a size tells what an axis holds.
+_PROBE = {'image_size': 10, 'patch_size': 2, 'channels': 3, 'dim': 20, 'mlp_dim': 29, 'num_classes': 31}
+_PROBE |= {'heads': 7, 'dim_head': 11}
+_AXES = {
+    1: Axis('1'),
+    7: Axis('heads'),
+    12: Axis('channels x patch area'),
+    20: Axis('dim'),
+    26: Axis('patches', offset=1),
+    29: Axis('mlp_dim'),
+    31: Axis('num_classes'),
+    77: Axis('heads x dim_head'),
+    231: Axis('heads x dim_head', factor=3),
+}
+
+
+def leaves(layout: Layout, depth: int, *, head: bool = True) -> dict[str, tuple[Leaf, tuple[Axis, ...]]]:
+    """Every parameter of a model of `depth` blocks: by the layout's name, the rule it travels by and its axes."""
+    probe = layout.model(**{**_PROBE, **layout.fields, 'depth': depth, **({} if head else {'num_classes': 0})})
+    rules = [(leaf(path, len(shape.shape)), shape.shape) for path, shape in param_shapes(probe).items()]
+    return {
+        layout.from_today(rule.name): (rule, tuple(_AXES[size] for size in rule.torch_shape(shape)))
+        for rule, shape in rules
+    }
+
+
+@cache
+def template(layout: Layout, *, head: bool = True) -> dict[str, tuple[Axis, ...]]:
+    """The layout's names, with `#` for the number of a block, and what the axes of each hold."""
+    return {pattern(name): axes for name, (_, axes) in leaves(layout, depth=1, head=head).items()}
+
+
+@cache
+def _head_patterns(layout: Layout) -> frozenset[str]:
+    return frozenset(template(layout)) - frozenset(template(layout, head=False))
+
+
+@cache
+def _known_patterns() -> frozenset[str]:
+    return frozenset().union(*(template(layout) for layout in LAYOUTS))
+
+
+def is_known(name: str) -> bool:
+    """Whether some layout has a parameter of this name."""
+    return pattern(name) in _known_patterns()
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a layout fits names and shapes: completely when there are no problems."""
+
+    layout: Layout
+    names: Sequence[str]  # those of the layout, with as many blocks as the names tell
+    depth: int
+    sizes: Mapping[str, int]  # of each quantity that the shapes tell
+    problems: Sequence[str]  # a line for each name that is missing, left over or misshapen
+    headless: bool  # nothing is wrong but that the head is missing
+
+    @property
+    def advice(self) -> str:
+        """What to do about the problems, where that can be told."""
+        if self.headless:
+            return 'Only the head is missing: num_classes=0 converts the model without it, to give the pooled features.'
+        return ''
+
+
+def fit(layout: Layout, shapes: Shapes, *, head: bool = True) -> Fit:
+    """Hold `shapes` against the layout, with its head or as if it had none.
+
+    The size of each quantity is what most of the axes that hold it say, so that an odd one out is what gets reported.
+    """
+    axes = template(layout, head=head)
+    patterns = {name: pattern(name) for name in shapes}
+    if not head:
+        patterns = {name: found for name, found in patterns.items() if found not in _head_patterns(layout)}
+    numbers = (_NUMBER.search(name) for name, found in patterns.items() if found in axes)
+    depth = len({number[0] for number in numbers if number})
+    votes: dict[str, Counter[int]] = defaultdict(Counter)
+    for name, found in patterns.items():
+        if len(axes.get(found, ())) == len(shapes[name]):
+            for axis, size in zip(axes[found], shapes[name], strict=True):
+                if (size - axis.offset) % axis.factor == 0:
+                    votes[axis.quantity][(size - axis.offset) // axis.factor] += 1
+    sizes = {quantity: counter.most_common(1)[0][0] for quantity, counter in votes.items()} | {'1': 1}
+    expected = {
+        wanted.replace('#', str(number)): tuple(axis.size(sizes) for axis in axes[wanted])
+        for wanted in axes
+        for number in range(depth if '#' in wanted else 1)
+    }
+    problems = differences(expected, {name: shapes[name] for name in patterns})
+    missing = {pattern(name) for name in expected if name not in shapes}
+    headless = missing == _head_patterns(layout) and len(problems) == len(missing)
+    return Fit(layout, list(expected), depth, sizes, problems, headless)
+
+
+def best_fit(shapes: Shapes, *, head: bool = True) -> Fit:
+    """The layout with the fewest problems."""
+    return min((fit(layout, shapes, head=head) for layout in LAYOUTS), key=lambda fit: len(fit.problems))
+
+
+# Models of vit-pytorch and others that share names with ours and compute another function, by a name that gives them
+# away and its number of axes (None: any).
+RELATIVES: Sequence[tuple[str, int | None, str]] = (
+    (
+        r'linear_head\.weight',
+        1,
+        'SimpleViT of vit-pytorch 1.4.0, whose head is by mistake a LayerNorm: it was never trained to classify. '
+        'Train with 1.4.1 or later',
+    ),
+    (r'register_tokens', None, 'SimpleViT with register tokens (vit_pytorch.simple_vit_with_register_tokens)'),
+    (r'.*\.[qk]_norm\.gamma', None, 'SimpleViT with query-key normalisation (vit_pytorch.simple_vit_with_qk_norm)'),
+    (r'to_freq_embedding\..*', None, 'SimpleViT with Fourier features (vit_pytorch.simple_vit_with_fft)'),
+    (r'.*\.to_value_residual_mix\..*', None, 'SimpleViT with value residuals (simple_vit_with_value_residual)'),
+)
+
+
+def relative(shapes: Shapes) -> str | None:
+    """Which other model these names are, if a name gives it away."""
+    for expression, dimensions, what in RELATIVES:
+        for name, shape in shapes.items():
+            if re.fullmatch(expression, name) and dimensions in (None, len(shape)):
+                return f'This is {what}: another function, which is not converted ({name!r} tells).'
+    return None

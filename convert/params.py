@@ -1,0 +1,120 @@
+"""PyTorch names and shapes <-> the Flax tree: one bijection for every model, read off the Flax paths themselves."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from convert.errors import ConversionError
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """How one parameter travels between the frameworks."""
+
+    path: Path  # in the Flax parameters: ('transformer', 'layers_3_1', 'net_4', 'kernel')
+    name: str  # in vit-pytorch: 'transformer.layers.3.1.net.4.weight'
+    axes: tuple[int, ...]  # PyTorch's axes in Flax's order
+
+    @property
+    def transform(self) -> str:
+        return 'as it is' if self.axes == tuple(sorted(self.axes)) else f'transpose {self.axes}'
+
+    def to_flax(self, array: Any) -> Any:
+        return array.transpose(self.axes)
+
+    def to_torch(self, array: Any) -> Any:
+        return array.transpose(np.argsort(self.axes))
+
+    def torch_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """PyTorch's shape of the parameter that has `shape` in Flax."""
+        return tuple(shape[axis] for axis in np.argsort(self.axes))
+
+
+def leaf(path: Path, dimensions: int) -> Leaf:
+    """The rule for the Flax parameter at `path`: its PyTorch name and the order of its axes.
+
+    Linen names the submodules in a list by position, so `net_4` is PyTorch's `net.4`. A Dense kernel (in, out) is
+    PyTorch's weight (out, in), a Conv kernel (height, width, in, out) its weight (out, in, height, width), a norm's
+    scale its weight; everything else has the same name and the same axes.
+    """
+    *modules, last = path
+    axes = tuple(range(dimensions))
+    if last == 'kernel':
+        axes = (*range(2, dimensions), 1, 0)
+    last = {'kernel': 'weight', 'scale': 'weight'}.get(last, last)
+    return Leaf(path, '.'.join([re.sub(r'_(?=\d)', '.', module) for module in modules] + [last]), axes)
+
+
+def param_shapes(model: nn.Module) -> dict[Path, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the model's parameters by path; nothing is computed."""
+    height, width = model.image_size if isinstance(model.image_size, tuple) else (model.image_size,) * 2
+    images = jax.ShapeDtypeStruct((1, height, width, model.channels), jnp.float32)
+    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images)['params'])
+
+
+def to_flax(
+    model: nn.Module,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    param_dtype: Any = None,
+    track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> dict[str, Any]:
+    """The variables of `model` out of tensors with today's names; every tensor used once, every leaf filled once.
+
+    One tensor at a time is copied out of `tensors`, which may be views of a mapped file. Raises ConversionError with
+    every name that is missing (-), left over (+) or misshapen.
+    """
+    shapes = {leaf(path, len(shape.shape)): shape.shape for path, shape in param_shapes(model).items()}
+    expected = {rule.name: rule.torch_shape(shape) for rule, shape in shapes.items()}
+    problems = differences(expected, {name: tensor.shape for name, tensor in tensors.items()})
+    if problems:
+        raise ConversionError(f'The tensors are not those of this {type(model).__name__}:\n' + '\n'.join(problems))
+
+    def place(array: np.ndarray) -> jax.Array:
+        return jnp.array(array, dtype=param_dtype)  # a copy: no leaf stays a view of the file
+
+    flat = {rule.path: place(rule.to_flax(tensors[rule.name])) for rule in track(list(shapes))}
+    return {'params': unflatten_dict(flat)}
+
+
+def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Arrays by PyTorch name out of the variables of `model`, dtypes kept.
+
+    Raises ConversionError when the variables are not those of the model.
+    """
+    if set(variables) != {'params'}:
+        raise ConversionError(f"variables must be {{'params': …}}, not a dict of {sorted(variables)}.")
+    flat = flatten_dict(variables['params'])
+    expected = {'/'.join(path): shape.shape for path, shape in param_shapes(model).items()}
+    problems = differences(expected, {'/'.join(path): np.shape(array) for path, array in flat.items()})
+    if problems:
+        raise ConversionError(f'The variables are not those of this {type(model).__name__}:\n' + '\n'.join(problems))
+    rules = {path: leaf(path, np.ndim(array)) for path, array in flat.items()}
+    return {rule.name: np.ascontiguousarray(rule.to_torch(np.asarray(flat[path]))) for path, rule in rules.items()}
+
+
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """A line for each name that is missing (-), left over (+) or has another shape than expected."""
+    return [
+        *(f'  - {name} {shape(size)}: missing' for name, size in expected.items() if name not in found),
+        *(f'  + {name} {shape(size)}: not part of the model' for name, size in found.items() if name not in expected),
+        *(
+            f'  {name}: the shape is {shape(found[name])}, expected {shape(size)}'
+            for name, size in expected.items()
+            if name in found and tuple(found[name]) != tuple(size)
+        ),
+    ]
+
+
+def shape(sizes: Iterable[Any]) -> str:
+    """A shape as people write it: 'scalar' or '3 x 224 x 224'."""
+    return ' x '.join(str(size) for size in sizes) or 'scalar'
