@@ -167,7 +167,8 @@ def _read_shards(index: Path, content: dict[str, Any]) -> Checkpoint:
         if found != said:
             names = [f'- {quote(key)}' for key in said - found] + [f'+ {quote(key)}' for key in found - said]
             raise ConversionError(
-                f'{quote(name)} lacks (-) or has beyond the index (+):\n' + '\n'.join(sorted(names)[:20])
+                f'{quote(name)} lacks (-) or has beyond the index (+):\n'
+                + '\n'.join(sorted(names, key=lambda line: line[2:])[:20])
             )
         tree |= part.tree
         parts.append(part)
@@ -240,7 +241,7 @@ def _read_legacy(path: Path) -> Any:
     try:
         tree = torch.load(path, map_location='cpu', weights_only=True)
     except _TORCH_REFUSES as error:
-        said = quote(str(error))
+        said = quote(str(error).split('WeightsUnpickler error: ')[-1])
         raise ConversionError(f"torch's older format, which torch refuses to read: {said}. {_STATE_DICT}") from error
     check_size(tree)
     return _plain(tree, path.stat().st_size)

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,18 @@ def arrays(tree: Any) -> Any:
     if hasattr(tree, 'detach'):
         return checkpoint.array(tree)
     return np.asarray(tree) if isinstance(tree, jax.Array) else tree
+
+
+def provenance(inspection: Inspection) -> dict[str, Any]:
+    """Where a converted model comes from, in plain JSON, to be kept beside its parameters."""
+    packages = ('flax-vit', 'jax', 'flax', 'numpy')
+    return {
+        'files': {file.name: checkpoint.sha256(file) for file in inspection.files},
+        'format': inspection.format,
+        'key': inspection.unwrapped.address,
+        'layout': {'id': inspection.layout.id, 'wrote it': str(inspection.layout)},
+        'dtypes': inspection.dtypes,
+        'fields': {name: field.how for name, field in inspection.fields.items()},
+        'left aside': dict(inspection.unwrapped.left_aside),
+        'versions': {package: version(package) for package in packages},
+    }

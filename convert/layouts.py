@@ -13,8 +13,9 @@ from typing import Any
 
 from flax import linen as nn
 
-from convert.params import Leaf, differences, leaf, param_shapes
+from convert.params import Leaf, differences, leaf
 from flax_vit import DeepViT, SimpleViT
+from flax_vit.pretrained import param_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 

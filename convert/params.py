@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from convert.errors import ConversionError
+from flax_vit.pretrained import param_shapes
 
 Path = tuple[str, ...]
 
@@ -51,14 +52,12 @@ def leaf(path: Path, dimensions: int) -> Leaf:
     if last == 'kernel':
         axes = (*range(2, dimensions), 1, 0)
     last = {'kernel': 'weight', 'scale': 'weight'}.get(last, last)
-    return Leaf(path, '.'.join([re.sub(r'_(?=\d)', '.', module) for module in modules] + [last]), axes)
+    return Leaf(path, torch_module_name([*modules, last]), axes)
 
 
-def param_shapes(model: nn.Module) -> dict[Path, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the model's parameters by path; nothing is computed."""
-    height, width = model.image_size if isinstance(model.image_size, tuple) else (model.image_size,) * 2
-    images = jax.ShapeDtypeStruct((1, height, width, model.channels), jnp.float32)
-    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images)['params'])
+def torch_module_name(path: Sequence[str]) -> str:
+    """PyTorch's name of the Flax submodule at `path`: ('transformer', 'layers_3_1') -> 'transformer.layers.3.1'."""
+    return '.'.join(re.sub(r'_(?=\d)', '.', module) for module in path)
 
 
 def to_flax(

@@ -50,7 +50,7 @@ def softmax(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
     return nn.softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
-def sequential(layers: Sequence[Any], x: Float[Array, '...'], *, train: bool) -> Float[Array, '...']:
+def sequential(layers: Sequence[Any], x: Shaped[Array, '...'], *, train: bool) -> Float[Array, '...']:
     """`torch.nn.Sequential`: the layers in turn; Dropout acts in training only."""
     for layer in layers:
         x = layer(x, deterministic=not train) if isinstance(layer, nn.Dropout) else layer(x)

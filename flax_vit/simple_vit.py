@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from flax import linen as nn
 from jax import Array
 from jaxtyping import Float, Float32, Shaped
 
@@ -17,7 +18,7 @@ from flax_vit.layers import Identity, Layer, check_divisible, check_sizes, gelu,
 
 def posemb_sincos_2d(
     height: int, width: int, dim: int, temperature: float = 10_000
-) -> Float32[np.ndarray, 'height*width dim']:
+) -> Float32[np.ndarray, '{height}*{width} {dim}']:
     """The fixed position table, row by row of the grid: sin x, cos x, sin y, cos y, a quarter of `dim` each.
 
     PyTorch takes every step in float32, whatever the model's dtype. So does this, each result rounded correctly
@@ -122,6 +123,17 @@ class SimpleViT(Layer):
             raise ValueError(f'SimpleViT: dim must be a multiple of 4 for the sincos table, not {self.dim}.')
         super().__post_init__()
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The height and width of an image in patches."""
+        image_size, patch_size = pair(self.image_size), pair(self.patch_size)
+        return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+
+    @nn.nowrap
+    def pos_embedding(self) -> Float32[np.ndarray, 'tokens dim']:
+        """The position table of this image size; a constant, not a parameter."""
+        return posemb_sincos_2d(*self.grid, self.dim)
+
     def setup(self) -> None:
         image_size, patch_size = pair(self.image_size), pair(self.patch_size)
         patch_dim = self.channels * patch_size[0] * patch_size[1]
@@ -140,7 +152,6 @@ class SimpleViT(Layer):
         self.to_patch_embedding = (
             [cut, self.layer_norm(), projection, self.layer_norm()] if self.patch_norm else [cut, projection]
         )
-        self.pos_embedding = posemb_sincos_2d(image_size[0] // patch_size[0], image_size[1] // patch_size[1], self.dim)
         self.transformer = Transformer(
             dim=self.dim,
             depth=self.depth,
@@ -161,7 +172,7 @@ class SimpleViT(Layer):
         `train` is there for DeepViT's sake: SimpleViT computes the same in training.
         """
         x = sequential(self.to_patch_embedding, images, train=train)
-        x = x + self.pos_embedding.astype(x.dtype)
+        x = x + self.pos_embedding().astype(x.dtype)
         x = self.transformer(x, train=train)
         x = self.to_latent(x.mean(axis=1))
         if not self.num_classes:

@@ -1,0 +1,108 @@
+"""What people see in the terminal: tables, progress, verdicts."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from convert.conversion import Inspection
+from convert.verify import FLOAT32_RATIO, FLOAT64_LIMIT, Report
+
+# Where the output is no terminal, the tables' long names would be cut at 80 columns.
+out = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def show_inspection(inspection: Inspection) -> None:
+    """What a source is, which fields its model has and how they are known, what is left aside."""
+    size = sum(tensor.nbytes for tensor in inspection.tensors.values())
+    facts = {
+        'source': f'{inspection.source} ({inspection.format})',
+        'model': str(inspection.layout),
+        'found at': inspection.unwrapped.address or 'the top',
+        'parameters': f'{inspection.parameters:,} in {len(inspection.tensors)} tensors, {size:,} bytes',
+        'dtype': ', '.join(inspection.dtypes),
+    }
+    facts |= {f'left aside: {group}': what for group, what in inspection.unwrapped.left_aside.items()}
+    _show_facts(facts)
+    fields = Table('field', 'value', 'known by', 'because', box=None, pad_edge=False, title_justify='left')
+    colours = {'assumed': 'yellow', 'unknown': 'red'}
+    for name, field in inspection.fields.items():
+        if name not in {'dtype', 'precision'} or field.how == 'given':
+            colour = colours.get(field.how, 'default')
+            value = '?' if field.how == 'unknown' else str(field.value)
+            fields.add_row(name, value, f'[{colour}]{field.how}[/]', escape(field.why))
+    out.print(fields)
+
+
+def show_plan(inspection: Inspection) -> None:
+    """Every tensor, where it goes and what is done to it."""
+    plan = Table('tensor', 'shape', 'dtype', 'Flax parameter', 'transform', box=None, pad_edge=False)
+    for name, leaf in inspection.plan:
+        tensor = inspection.tensors[name]
+        shape = ' x '.join(map(str, tensor.shape))
+        plan.add_row(escape(name), shape, str(tensor.dtype), '/'.join(leaf.path), leaf.transform)
+    out.print()
+    out.print(plan)
+
+
+def show_converted(config: Mapping[str, Any]) -> None:
+    """What a folder that `convert` wrote holds, and where it comes from."""
+    fields = ', '.join(f'{name}={value!r}' for name, value in config['fields'].items() if value is not None)
+    _show_facts({'model': config['model'], 'fields': fields, 'sha256 of the weights': config['weights']['sha256']})
+    for name, value in (config['source'] or {}).items():
+        shown = ', '.join(f'{key}: {item}' for key, item in value.items()) if isinstance(value, dict) else str(value)
+        _show_facts({f'source: {name}': shown})
+
+
+def show_report(report: Report) -> None:
+    """The errors of every part, and the verdict."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column('part')
+    for heading in ('float64: Flax - PyTorch', 'float32: Flax', 'float32: PyTorch', 'ratio', ''):
+        table.add_column(heading, justify='right')
+    for row in report.rows:
+        verdict = '[green]right[/]' if row.right else '[red]WRONG[/]'
+        table.add_row(
+            row.label, f'{row.float64:.1e}', f'{row.port:.1e}', f'{row.torch:.1e}', f'{row.ratio:.2f}', verdict
+        )
+    out.print(table)
+    if report.table is not None:
+        difference, limit = report.table
+        out.print(f"sincos table: at most {difference:.1e} from PyTorch's own on this machine (limit {limit:.1e})")
+    out.print(f'same prediction in float32: {report.agreement:.2%} of {report.images} images')
+    criterion = (
+        f'float64 within {FLOAT64_LIMIT:.0e}, float32 within {FLOAT32_RATIO:.0f} times the rounding error of PyTorch, '
+        'against the float64 truth'
+    )
+    if report.right:
+        out.print(f'[green]RIGHT[/]: the Flax model computes what PyTorch does ({criterion}).')
+    else:
+        first = next((row.label for row in report.rows if not row.right), 'sincos table')
+        out.print(f'[red]WRONG[/]: the two part first at: {first} ({criterion}).')
+
+
+def track(items: Iterable[Any]) -> Iterator[Any]:
+    """The items, with a progress bar from the second second on."""
+    items = list(items)
+    start = time.monotonic()
+    with Progress(console=err, transient=True, auto_refresh=False) as progress:
+        task = progress.add_task('Placing parameters', total=len(items), visible=False)
+        for item in items:
+            yield item
+            progress.update(task, advance=1, visible=time.monotonic() - start > 1)
+            progress.refresh()
+
+
+def _show_facts(facts: Mapping[str, str]) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style='bold', no_wrap=True)
+    table.add_column()
+    for name, fact in facts.items():
+        table.add_row(escape(name), escape(fact))
+    out.print(table)

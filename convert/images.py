@@ -1,0 +1,40 @@
+"""Real images, for a comparison on what a model is meant to see."""
+
+from pathlib import Path
+
+import numpy as np
+from flax import linen as nn
+
+from convert.errors import ConversionError
+from flax_vit.layers import pair
+
+MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
+
+
+def load_images(folder: Path, model: nn.Module, count: int) -> np.ndarray:
+    """The first `count` images of a folder, by name, as `model` takes them: (count, height, width, channels), float32.
+
+    They are resized, and scaled to -1 … 1: the comparison holds for any normalisation, so the training's is not needed.
+    Raises ConversionError when there are none, or when images don't have the model's number of channels.
+    """
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise ConversionError("Reading images needs Pillow: pip install 'flax-vit[images]'.") from error
+    if model.channels not in MODES:
+        raise ConversionError(f'Image files have 1, 3 or 4 channels; this model takes {model.channels}.')
+    if not folder.is_dir():
+        raise FileNotFoundError(f'{folder} is no folder of images.')
+    height, width = pair(model.image_size)
+    arrays = []
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        try:
+            with Image.open(path) as image:
+                arrays.append(np.asarray(image.convert(MODES[model.channels]).resize((width, height)), np.float32))
+        except UnidentifiedImageError:
+            continue
+        if len(arrays) == count:
+            break
+    if not arrays:
+        raise ConversionError(f'There is no image file in {folder} that Pillow can read.')
+    return np.stack(arrays).reshape(-1, height, width, model.channels) / 127.5 - 1
