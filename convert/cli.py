@@ -164,5 +164,7 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        err.print(f'[red]Error:[/] {escape(str(error))}')
+        path_error = isinstance(error, OSError) and error.filename is not None and error.strerror is not None
+        message = f'{error.filename}: {error.strerror}' if path_error else str(error)
+        err.print(f'[red]Error:[/] {escape(message)}')
         sys.exit(BAD_INPUT)

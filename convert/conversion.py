@@ -5,15 +5,16 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+import flax_vit
 from convert import checkpoint, module, params
 from convert.errors import ConversionError, ConversionWarning
 from convert.fields import Field, resolve
@@ -213,7 +214,6 @@ def arrays(tree: Any) -> Any:
 
 def provenance(inspection: Inspection) -> dict[str, Any]:
     """Where a converted model comes from, in plain JSON, to be kept beside its parameters."""
-    packages = ('flax-vit', 'jax', 'flax', 'numpy')
     return {
         'files': {file.name: checkpoint.sha256(file) for file in inspection.files},
         'format': inspection.format,
@@ -222,5 +222,5 @@ def provenance(inspection: Inspection) -> dict[str, Any]:
         'dtypes': inspection.dtypes,
         'fields': {name: field.how for name, field in inspection.fields.items()},
         'left aside': dict(inspection.unwrapped.left_aside),
-        'versions': {package: version(package) for package in packages},
+        'versions': {package.__name__: package.__version__ for package in (flax_vit, flax, jax, np)},
     }

@@ -2,6 +2,7 @@
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from convert.verify import verify
 from flax_vit import from_pretrained, save_pretrained
 
 # What the weights cannot tell, of the models that examples/digits/train.py trains.
-FIELDS = {
+FIELDS: dict[str, dict[str, Any]] = {
     'simple_vit': {'image_size': 8, 'patch_size': 4, 'channels': 1, 'heads': 3},
     'deep_vit': {'image_size': 8, 'patch_size': 4, 'channels': 1, 'pool': 'cls', 'dropout': 0.1, 'emb_dropout': 0.1},
 }

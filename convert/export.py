@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from convert.conversion import to_torch
 from convert.errors import ConversionError
 from flax_vit import from_pretrained
+from flax_vit.pretrained import appearing_whole
 
 
 def export(folder: Path, target: Path, *, layout: str | None = None, overwrite: bool = False) -> None:
@@ -22,15 +23,11 @@ def export(folder: Path, target: Path, *, layout: str | None = None, overwrite: 
     if target.suffix not in {'.safetensors', '.pt', '.pth'}:
         raise ConversionError(f'{target.name} should end in .safetensors or .pt, to say which format is wanted.')
     state_dict = to_torch(*from_pretrained(folder), layout=layout)
-    partial = target.with_name(target.name + '.incomplete')
-    try:
+    with appearing_whole(target) as partial:
         if target.suffix == '.safetensors':
             save_file(state_dict, partial, metadata={'format': 'pt'})
         else:
             _save_pt(state_dict, partial)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _save_pt(state_dict: dict[str, np.ndarray], path: Path) -> None:

@@ -47,7 +47,7 @@ def resolve(fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any] | None 
     inferred['depth'] = Field(fit.depth, 'inferred', 'the number of blocks')
     for name in ('dim', 'mlp_dim', 'num_classes', 'heads'):
         if name in fit.sizes:
-            inferred[name] = Field(fit.sizes[name], 'inferred', 'shapes')
+            inferred[name] = Field(fit.sizes[name], 'inferred', 'their shapes')
     fields = inferred | {name: Field(value, 'given') for name, value in given.items()}
     for name in sorted(set(given) & set(inferred)):
         if given[name] != inferred[name].value:
@@ -59,7 +59,9 @@ def resolve(fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any] | None 
     fields |= _image(fields, fit.sizes.get('patches'))
     for name, default in defaults.items():
         how: Any = 'assumed' if name in _NOT_IN_WEIGHTS else 'inferred'
-        fields.setdefault(name, Field(default, how, "vit-pytorch's default" if how == 'assumed' else "today's layout"))
+        fields.setdefault(
+            name, Field(default, how, "vit-pytorch's default" if how == 'assumed' else 'the layout of names')
+        )
     return {name: fields[name] for name in defaults}
 
 

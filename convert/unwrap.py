@@ -75,7 +75,8 @@ def unwrap(tree: Any, *, key: str | None = None, head: bool = True) -> Unwrapped
     if not different:
         raise ConversionError(refusal(leaves, candidates))
     chosen_one = different[0]
-    tensors = {name: chosen_one.tensors[name] for name in chosen_one.fit.names}
+    names = frozenset(chosen_one.fit.names)
+    tensors = {name: tensor for name, tensor in chosen_one.tensors.items() if name in names}
     return Unwrapped('.'.join(chosen_one.address), tensors, chosen_one.fit, left_aside(leaves, chosen_one))
 
 

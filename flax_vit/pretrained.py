@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -46,26 +47,20 @@ def save_pretrained(
     _check_own(folder)
 
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f'model.safetensors{PARTIAL}'
-    try:
+    new = folder / 'model-new.safetensors'
+    with appearing_whole(new) as partial:
         save_file({path: np.ascontiguousarray(array) for path, array in flat.items()}, partial)
-        digest = _sha256(partial)
-        weights = folder / f'model-{digest[:12]}.safetensors'
-        config = {
-            'format': FORMAT,
-            'model': name,
-            'fields': {field: _to_json(getattr(model, field)) for field in _field_names(type(model))},
-            'weights': {'file': weights.name, 'sha256': digest},
-            'source': source,
-        }
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        partial.replace(weights)
-        partial = folder / f'config.json{PARTIAL}'
-        partial.write_text(text + '\n', encoding='utf-8')
-        partial.replace(folder / 'config.json')
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    digest = _sha256(new)
+    weights = new.replace(folder / f'model-{digest[:12]}.safetensors')
+    config = {
+        'format': FORMAT,
+        'model': name,
+        'fields': {field: _to_json(getattr(model, field)) for field in _field_names(type(model))},
+        'weights': {'file': weights.name, 'sha256': digest},
+        'source': source,
+    }
+    with appearing_whole(folder / 'config.json') as partial:
+        partial.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
     for old in folder.glob('model-*.safetensors'):
         if old != weights:
             old.unlink()
@@ -118,6 +113,20 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not own:
         raise ValueError(f'{path} is not the configuration of a model that this version of flax_vit wrote.')
     return config
+
+
+@contextmanager
+def appearing_whole(target: Path) -> Iterator[Path]:
+    """A path to write to; what is written appears at `target`, at once, when the block ends without an error."""
+    partial = target.with_name(target.name + PARTIAL)
+    partial.touch()
+    mode = partial.stat().st_mode
+    try:
+        yield partial
+        partial.chmod(mode)  # safetensors would keep its files from other users
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def param_shapes(model: nn.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
