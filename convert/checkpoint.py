@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
-def array(tensor: Any) -> np.ndarray[Any, Any]:
+def array(tensor: Any) -> np.ndarray:
     """A torch tensor -> an array of the same dtype, shape and bits: a view where the tensor is on the CPU.
 
     bfloat16 and float8 get ml_dtypes' types. Raises: ConversionError for sparse, quantized and meta tensors.
@@ -239,11 +240,12 @@ def _read_legacy(path: Path) -> Any:
         # CVE-2025-32434, CVE-2026-24747: before, a file could run code in spite of weights_only
         raise ConversionError(f"torch's older format, which torch reads safely from 2.10 on. Update it, or {_RESAVE}")
     try:
-        tree = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings(action='ignore'):  # of pickle protocols and storage classes, nothing to act on
+            tree = torch.load(path, map_location='cpu', weights_only=True)
     except _TORCH_REFUSES as error:
         said = quote(str(error).split('WeightsUnpickler error: ')[-1])
         raise ConversionError(f"torch's older format, which torch refuses to read: {said}. {_STATE_DICT}") from error
-    check_size(tree)
+    check_size(tree, path.stat().st_size)
     return _plain(tree, path.stat().st_size)
 
 

@@ -164,7 +164,6 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if debug:
             raise
-        path_error = isinstance(error, OSError) and error.filename is not None and error.strerror is not None
-        message = f'{error.filename}: {error.strerror}' if path_error else str(error)
-        err.print(f'[red]Error:[/] {escape(message)}')
+        message = f'{error.filename}: {error.strerror}' if isinstance(error, OSError) and error.filename else str(error)
+        err.print('[red]Error:[/]', escape(message))
         sys.exit(BAD_INPUT)

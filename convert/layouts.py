@@ -196,7 +196,7 @@ def fit(layout: Layout, shapes: Shapes, *, head: bool = True) -> Fit:
     depth = len({number[0] for number in numbers if number})
     votes: dict[str, Counter[int]] = defaultdict(Counter)
     for name, found in patterns.items():
-        if len(axes.get(found, ())) == len(shapes[name]):
+        if found in axes and len(axes[found]) == len(shapes[name]):
             for axis, size in zip(axes[found], shapes[name], strict=True):
                 if (size - axis.offset) % axis.factor == 0:
                     votes[axis.quantity][(size - axis.offset) // axis.factor] += 1

@@ -84,18 +84,22 @@ def read_torch_zip(data: mmap, records: Mapping[str, Record]) -> Any:
     if program.checksum not in (0, zlib.crc32(code)):  # torch writes 0 where it is told to compute none
         raise ConversionError('a damaged file: the checksum of its data.pkl is wrong. Copy or download it again')
     tree = _Interpreter(data, {name.removeprefix(folder): record for name, record in records.items()}).run(code)
-    check_size(tree)
+    check_size(tree, len(code))
     return tree
 
 
-def check_size(tree: Any) -> None:
-    """Refuses a tree that holds itself, is too deep, or shares its parts so often that a walk would not end."""
+def check_size(tree: Any, source_size: int) -> None:
+    """Refuses a tree that holds itself, is too deep, or repeats its parts so often that a walk would not end.
+
+    `source_size`: the bytes that the tree was read from. Some parts may be shared, a hundredfold is an attack.
+    """
+    most = min(PICKLE_STEPS, 100 * source_size)
     waiting, count = [(tree, 0)], 0
     while waiting:
         value, depth = waiting.pop()
         count += 1
-        if depth > NESTING or count > PICKLE_STEPS:
-            raise ConversionError(f'its values nest more than {NESTING} deep, or are more than {PICKLE_STEPS}')
+        if depth > NESTING or count > most:
+            raise ConversionError(f'its values nest more than {NESTING} deep, or are more than {most}')
         if isinstance(value, dict):
             waiting.extend((part, depth + 1) for part in value.values())
         elif isinstance(value, list | tuple):

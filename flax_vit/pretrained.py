@@ -94,6 +94,7 @@ def from_pretrained(folder: str | os.PathLike[str], **overrides: Any) -> tuple[n
                 "jax.config.update('jax_enable_x64', True) keeps them.",
                 stacklevel=2,
             )
+            model = model.clone(param_dtype=jnp.float32)
         dtype = model.param_dtype if 'param_dtype' in overrides else None
         flat = {tuple(path.split('/')): jnp.asarray(file.get_tensor(path), dtype) for path in slices}
     return model, unflatten_dict(flat)
@@ -130,7 +131,8 @@ def appearing_whole(target: Path) -> Iterator[Path]:
 
 
 def param_shapes(model: nn.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the model's parameters by path; nothing is computed."""
+    """The shapes of the model's parameters by path; nothing is computed."""
+    model = model.clone(param_dtype=jnp.float32)  # of any dtype, also of one that JAX has switched off
     images = jax.ShapeDtypeStruct((1, *pair(model.image_size), model.channels), jnp.float32)
     return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images)['params'])
 
