@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ConversionError
-from .torch_zip import DTYPES, Foreign
-from .zip_file import Record, quote
+from convert.errors import ConversionError
+from convert.torch_zip import DTYPES, Foreign
+from convert.zip_file import Record, quote
 
 JSON_BYTES = 16 << 20  # the largest safetensors header or index of shards that is read: some 100,000 tensors
 HEADER_BYTES = 10_000  # the longest header of an array in an npz

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from .array_files import JSON_BYTES, read_json, read_npz, read_safetensors
-from .errors import ConversionError
-from .torch_zip import DTYPES, Foreign, check_expanded, check_size, read_torch_zip
-from .zip_file import quote, zip_records
+from convert.array_files import JSON_BYTES, read_json, read_npz, read_safetensors
+from convert.errors import ConversionError
+from convert.torch_zip import DTYPES, Foreign, check_expanded, check_size, read_torch_zip
+from convert.zip_file import quote, zip_records
 
 __all__ = ['Checkpoint', 'Foreign', 'array', 'read', 'sha256']
 

@@ -114,12 +114,12 @@ def verify_command(
     torch and vit-pytorch: pip install 'flax-vit[torch]'. The exit status is 0 when the port is right, 1 when not.
     """
     fields = given(options)
-    converted = None
-    if folder is not None:
-        converted = from_pretrained(folder)
-        names = ('image_size', 'patch_size', 'heads', 'dim_head', 'channels', 'pool', 'num_classes')
-        fields = {name: getattr(converted[0], name) for name in names if hasattr(converted[0], name)} | fields
     inspection = inspect(source, **fields)
+    converted = from_pretrained(folder) if folder is not None else None
+    if converted is not None and isinstance(converted[0], inspection.layout.model):
+        open_fields = [name for name, field in inspection.fields.items() if field.how in {'unknown', 'assumed'}]
+        fields |= {name: getattr(converted[0], name) for name in open_fields}
+        inspection = inspect(source, **fields)
     loaded = load_images(images, inspection.model, count) if images else None
     with err.status('Running PyTorch and Flax, in float64 and float32 …'):
         report = verify(source, converted=converted, images=loaded, count=count, seed=seed, **fields)

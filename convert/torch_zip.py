@@ -16,8 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .errors import ConversionError
-from .zip_file import Record, quote
+from convert.errors import ConversionError
+from convert.zip_file import Record, quote
 
 PICKLE_BYTES = 256 << 20  # the largest data.pkl that is read
 PICKLE_STEPS = 2_000_000  # its most instructions, and the most values in the tree it makes
@@ -136,10 +136,11 @@ class _Interpreter:
         outer: list[list[Any]] = []  # the stacks that MARK has set aside
         memo: dict[int, Any] = {}
         argument: Any
+        items: list[Any] = []
         for step, (opcode, argument, _) in enumerate(pickletools.genops(program)):
             if step == PICKLE_STEPS:
                 raise ConversionError(f'its data.pkl has more than {PICKLE_STEPS} instructions. {_WEIGHTS_ALONE}')
-            name, items = opcode.name, []
+            name = opcode.name
             if name in _TAKES:
                 if (count := _TAKES[name]) is None:
                     items, stack = stack, outer.pop()
@@ -152,6 +153,8 @@ class _Interpreter:
                 case 'PROTO' | 'FRAME' | 'BUILD':  # BUILD sets an object's attributes: nothing here has any
                     pass
                 case 'MARK':
+                    if len(outer) > 3 * NESTING:  # a container, its class and its arguments have each their own
+                        raise ConversionError(f'its values nest more than {NESTING} deep')
                     outer.append(stack)
                     stack = []
                 case 'BINPUT' | 'LONG_BINPUT':

@@ -6,7 +6,7 @@ from itertools import pairwise
 from mmap import mmap
 from typing import NamedTuple
 
-from .errors import ConversionError
+from convert.errors import ConversionError
 
 RECORDS = 200_000  # the most files in an archive
 
