@@ -2,5 +2,15 @@
 
 from convert.conversion import Inspection, from_torch, inspect, to_torch
 from convert.errors import ConversionError, ConversionWarning
+from convert.verify import Report, verify
 
-__all__ = ['ConversionError', 'ConversionWarning', 'Inspection', 'from_torch', 'inspect', 'to_torch']
+__all__ = [
+    'ConversionError',
+    'ConversionWarning',
+    'Inspection',
+    'Report',
+    'from_torch',
+    'inspect',
+    'to_torch',
+    'verify',
+]

@@ -22,16 +22,18 @@ UNPACKED_TIMES = 16  # ... and in times its own size
 
 
 def read_json(text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(found := dict(pairs)) < len(pairs):
-            raise ConversionError('JSON with a name twice')
-        ''.join(found).encode()  # half a surrogate pair is no name
-        return found
-
+    """A JSON object without a name twice; {} for other JSON. Raises: ConversionError, ValueError, RecursionError."""
     if len(text) > JSON_BYTES:
         raise ConversionError(f'more than {JSON_BYTES} bytes of JSON')
-    value = json.loads(text.decode(), object_pairs_hook=unique)
+    value = json.loads(text.decode(), object_pairs_hook=_unique)
     return value if isinstance(value, dict) else {}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ConversionError('JSON with a name twice')
+    ''.join(found).encode()  # half a surrogate pair is no name
+    return found
 
 
 _SAFETENSORS = {'BOOL': 'bool', 'BF16': 'bfloat16', 'F8_E4M3': 'float8_e4m3fn', 'F8_E5M2': 'float8_e5m2'}

@@ -105,8 +105,23 @@ def convert_command(source: str, folder: Path, **options: Any) -> None:
 @click.option('--images', type=click.Path(path_type=Path), help='A folder of real images, instead of random ones.')
 @click.option('--count', type=click.IntRange(1), default=8, show_default=True, help='Number of images.')
 @click.option('--seed', type=int, default=0, show_default=True, help='Of the random images.')
+@click.option(
+    '--dtype',
+    type=click.Choice(['float32', 'bfloat16', 'float16', 'float64']),
+    default='float32',
+    show_default=True,
+    help='Compared beside float64, where the port may be 3 times as far from the truth as PyTorch.',
+)
+@click.option('--gradients', is_flag=True, help='Compare the gradient of every parameter, too.')
 def verify_command(
-    source: str, folder: Path | None, images: Path | None, count: int, seed: int, **options: Any
+    source: str,
+    folder: Path | None,
+    images: Path | None,
+    count: int,
+    seed: int,
+    dtype: str,
+    gradients: bool,
+    **options: Any,
 ) -> None:
     """Run vit-pytorch's module and the Flax model on the same images; compare every block.
 
@@ -121,8 +136,17 @@ def verify_command(
         fields |= {name: getattr(converted[0], name) for name in open_fields}
         inspection = inspect(source, **fields)
     loaded = load_images(images, inspection.model, count) if images else None
-    with err.status('Running PyTorch and Flax, in float64 and float32 …'):
-        report = verify(source, converted=converted, images=loaded, count=count, seed=seed, **fields)
+    with err.status(f'Running PyTorch and Flax, in float64 and {dtype} …'):
+        report = verify(
+            source,
+            converted=converted,
+            images=loaded,
+            count=count,
+            seed=seed,
+            dtype=dtype,
+            gradients=gradients,
+            **fields,
+        )
     show_inspection(inspection)
     show_report(report)
     sys.exit(RIGHT if report.right else WRONG)

@@ -11,7 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from convert.conversion import Inspection
-from convert.verify import FLOAT32_RATIO, FLOAT64_LIMIT, Report
+from convert.verify import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, Report, Row
 
 # Where the output is no terminal, the tables' long names would be cut at 80 columns.
 out = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
@@ -62,29 +62,39 @@ def show_converted(config: Mapping[str, Any]) -> None:
 
 def show_report(report: Report) -> None:
     """The errors of every part, and the verdict."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column('part')
-    for heading in ('float64: Flax - PyTorch', 'float32: Flax', 'float32: PyTorch', 'ratio', ''):
-        table.add_column(heading, justify='right')
-    for row in report.rows:
-        verdict = '[green]right[/]' if row.right else '[red]WRONG[/]'
-        table.add_row(
-            row.label, f'{row.float64:.1e}', f'{row.port:.1e}', f'{row.torch:.1e}', f'{row.ratio:.2f}', verdict
-        )
-    out.print(table)
+    _show_rows(report.rows, report.dtype)
+    if report.gradients:
+        shown = [row for row in report.gradients if not row.right]
+        shown = shown or sorted(report.gradients, key=lambda row: -row.exact)[:5]
+        out.print(f'\ngradients of {len(report.gradients)} parameters; the {len(shown)} furthest apart:')
+        _show_rows(shown, report.dtype)
     if report.table is not None:
         difference, limit = report.table
         out.print(f"sincos table: at most {difference:.1e} from PyTorch's own on this machine (limit {limit:.1e})")
-    out.print(f'same prediction in float32: {report.agreement:.2%} of {report.images} images')
-    criterion = (
-        f'float64 within {FLOAT64_LIMIT:.0e}, float32 within {FLOAT32_RATIO:.0f} times the rounding error of PyTorch, '
-        'against the float64 truth'
-    )
+    out.print(f'same prediction in {report.dtype}: {report.agreement:.2%} of {report.images} images')
+    criterion = f'float64 within {OUTPUT_LIMIT:.0e}' + (f', gradients {GRADIENT_LIMIT:.0e}' if report.gradients else '')
+    if report.dtype != 'float64':
+        criterion += f"; {report.dtype} within {RATIO:.0f} times PyTorch's own rounding, against the float64 truth"
     if report.right:
         out.print(f'[green]RIGHT[/]: the Flax model computes what PyTorch does ({criterion}).')
     else:
-        first = next((row.label for row in report.rows if not row.right), 'sincos table')
+        wrong = [row for row in report.rows + report.gradients if not row.right]
+        first = f'{wrong[0].label}, most at {list(wrong[0].worst)}' if wrong else 'the sincos table'
         out.print(f'[red]WRONG[/]: the two part first at: {first} ({criterion}).')
+
+
+def _show_rows(rows: list[Row], dtype: str) -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column('part')
+    headings = ['float64: Flax - PyTorch']
+    if dtype != 'float64':
+        headings += [f'{dtype}: Flax', f'{dtype}: PyTorch', 'ratio']
+    for heading in (*headings, ''):
+        table.add_column(heading, justify='right')
+    for row in rows:
+        figures = [f'{row.exact:.1e}', f'{row.port:.1e}', f'{row.torch:.1e}', f'{row.ratio:.2f}'][: len(headings)]
+        table.add_row(row.label, *figures, '[green]right[/]' if row.right else '[red]WRONG[/]')
+    out.print(table)
 
 
 def track(items: Iterable[Any]) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from flax_vit import DeepViT
 
 
 def torch_module(inspection: Inspection, dtype: str) -> Any:
-    """The vit-pytorch module with the source's own tensors, in `dtype` ('float64', 'float32'), in evaluation mode.
+    """The vit-pytorch module with the source's own tensors, in `dtype` ('float32', 'bfloat16', …), evaluating.
 
     For an older layout, today's parts are put together as that release had them. A SimpleViT gets the port's position
     table (the tables are compared apart), because PyTorch's depends on the processor in the last bits.
@@ -42,29 +42,47 @@ def torch_module(inspection: Inspection, dtype: str) -> Any:
         setattr(module, 'mlp_head' if deep else 'linear_head', nn.Identity())
 
     today = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}
-    module = module.to(getattr(torch, dtype))
-    module.load_state_dict({name: torch.from_numpy(np.array(tensor, dtype)) for name, tensor in today.items()})
-    return module.eval()
+    module = module.double().eval()  # every dtype of weights fits in, so what is rounded is rounded once
+    module.load_state_dict({name: torch.from_numpy(np.array(tensor, np.float64)) for name, tensor in today.items()})
+    return module.to(getattr(torch, dtype))
 
 
 def torch_outputs(module: Any, images: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
-    """The outputs of the named parts of `module` ('' is the whole) for images (batch, channels, height, width)."""
+    """The outputs, as float64, of the named parts of `module` ('' is the whole).
+
+    `images`: (batch, height, width, channels); they are rounded to the module's dtype.
+    """
     import torch
 
     outputs: dict[str, np.ndarray] = {}
 
     def keep(name: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            outputs[name] = output.numpy().copy()  # a copy: what follows may work in place
+            outputs[name] = output.double().clone().numpy()  # a clone: what follows may work in place
 
         return hook
 
     hooks = [module.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     with torch.no_grad():
-        module(torch.from_numpy(images))
+        module(_to_torch(module, images))
     for hook in hooks:
         hook.remove()
     return outputs
+
+
+def torch_gradients(module: Any, images: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """The gradients, as float64, of the sum of weights x logits with respect to every parameter, by name."""
+    import torch
+
+    logits = module(_to_torch(module, images))
+    (logits * torch.from_numpy(weights).to(logits.dtype)).sum().backward()
+    return {name: parameter.grad.double().numpy() for name, parameter in module.named_parameters()}
+
+
+def _to_torch(module: Any, images: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(images).permute(0, 3, 1, 2).to(next(module.parameters()).dtype)
 
 
 def table_difference(model: Any) -> tuple[float, float]:

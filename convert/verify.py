@@ -11,34 +11,42 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from convert.conversion import Inspection, inspect, place
-from convert.params import torch_module_name
-from convert.reference import table_difference, torch_module, torch_outputs
+from convert.params import leaf, torch_module_name
+from convert.reference import table_difference, torch_gradients, torch_module, torch_outputs
 from flax_vit import SimpleViT
 from flax_vit.layers import pair
 
-FLOAT64_LIMIT = 1e-12  # rounding of float64 over the depth of a model; the mildest slip known is at 1e-5
-FLOAT32_RATIO = 3.0  # times PyTorch's own rounding error
-FLOAT32_FLOOR = 2.0**-24  # half a unit in the last place: nothing is left to compare below it
+OUTPUT_LIMIT = 1e-12  # of float64: rounding over the depth of a model; the mildest slip known is at 1e-5
+GRADIENT_LIMIT = 1e-11  # of float64: the way back adds as many roundings again, and sums over the batch
+RATIO = 3.0  # times PyTorch's own rounding error
+# Half a unit in the last place of each dtype: below it nothing is left to compare.
+FLOOR = {'float32': 2.0**-24, 'bfloat16': 2.0**-9, 'float16': 2.0**-12}
+# A gradient that is by nature zero (of what a norm removes) is rounding noise, a few 1e-15 of the largest gradient. That
+# must stay below the limit, so errors are taken relative to at least this share of the largest.
+SMALLEST = 1e-3
 
 
 @dataclass(frozen=True)
 class Row:
-    """How far one part of the port is from PyTorch."""
+    """How far one part of the port is from PyTorch. Errors are relative."""
 
-    module: str  # PyTorch's name: 'transformer.layers.3.0'; '' for the whole
+    name: str  # PyTorch's: 'transformer.layers.3.0'; '' for the whole; a parameter's for its gradient
     label: str
-    float64: float  # largest difference between the two in float64, relative to the largest value
-    port: float  # root mean square error in float32, relative, against PyTorch's float64 outputs
+    exact: float  # the largest difference of the two in float64
+    worst: tuple[int, ...]  # where that is
+    port: float  # root mean square error in the compared dtype against PyTorch in float64
     torch: float  # PyTorch's own
+    limit: float  # of `exact`
+    floor: float  # of `port`
 
     @property
     def ratio(self) -> float:
-        """The port's float32 error as a multiple of PyTorch's."""
-        return self.port / self.torch if self.torch else float(self.port > 0) * float('inf')
+        """The port's error as a multiple of PyTorch's."""
+        return self.port / self.torch if self.torch else float('inf') if self.port else 0.0
 
     @property
     def right(self) -> bool:
-        return self.float64 <= FLOAT64_LIMIT and (self.ratio <= FLOAT32_RATIO or self.port <= FLOAT32_FLOOR)
+        return self.exact <= self.limit and (self.ratio <= RATIO or self.port <= self.floor)
 
 
 @dataclass(frozen=True)
@@ -46,15 +54,18 @@ class Report:
     """What was compared, and whether the port is right."""
 
     inspection: Inspection
+    dtype: str
     images: int
     rows: list[Row]
-    table: tuple[float, float] | None  # SimpleViT: largest difference of the sincos tables, and what it may be
-    agreement: float  # the share of images for which both predict the same class in float32
-    predictions: np.ndarray  # the port's, in float32
+    gradients: list[Row]
+    table: tuple[float, float] | None  # SimpleViT: the largest difference of the sincos tables, and what it may be
+    predictions: np.ndarray  # the port's classes, in the compared dtype
+    agreement: float  # the share of images for which PyTorch predicts the same
 
     @property
     def right(self) -> bool:
-        return all(row.right for row in self.rows) and (self.table is None or self.table[0] <= self.table[1])
+        table_right = self.table is None or self.table[0] <= self.table[1]
+        return table_right and all(row.right for row in self.rows + self.gradients)
 
 
 def verify(
@@ -64,42 +75,63 @@ def verify(
     images: np.ndarray | None = None,
     count: int = 8,
     seed: int = 0,
+    dtype: str = 'float32',
+    gradients: bool = False,
     key: str | None = None,
     **overrides: Any,
 ) -> Report:
-    """Run vit-pytorch's module and the Flax model on the same images and compare every block.
+    """Run vit-pytorch's module and the Flax model on the same images, in float64 and in `dtype`; compare every block.
 
     `source`, `key`, `overrides`: as of `inspect`. `converted`: the model and variables to verify; without them,
     `source` is converted. `images`: (batch, height, width, channels), float32; without them, `count` random ones.
+    `gradients` adds those of every parameter. The Flax model runs at the highest precision of matrix products.
     Raises ConversionError when torch or vit-pytorch is missing.
     """
     inspection = inspect(source, key=key, **overrides)
-    height, width = pair(inspection.model.image_size)
+    random = np.random.default_rng(seed)
     if images is None:
-        shape = (count, height, width, inspection.model.channels)
-        images = np.random.default_rng(seed).standard_normal(shape, np.float32)
-    parts = labels(inspection.model)
-    truth, theirs = (
-        torch_outputs(torch_module(inspection, dtype), images.transpose(0, 3, 1, 2).astype(dtype), list(parts))
-        for dtype in ('float64', 'float32')
-    )
+        shape = (count, *pair(inspection.model.image_size), inspection.model.channels)
+        images = random.standard_normal(shape, np.float32)
     with jax.enable_x64(True):
         model, variables = converted or (inspection.model, place(inspection))
-        exact, ours = (flax_outputs(model, variables, images, dtype, list(parts)) for dtype in ('float64', 'float32'))
-    rows = [
-        Row(
-            name,
-            label,
-            float64=largest(exact[name], truth[name]),
-            port=mean_square(ours[name], truth[name]),
-            torch=mean_square(theirs[name], truth[name]),
-        )
-        for name, label in parts.items()
-    ]
-    table = table_difference(model) if isinstance(model, SimpleViT) else None
-    predictions = ours[''].argmax(axis=-1)
-    agreement = float(np.mean(predictions == theirs[''].argmax(axis=-1)))
-    return Report(inspection, len(images), rows, table, agreement, predictions)
+        parts = labels(inspection.model)
+        outputs = [
+            run(images, list(parts))
+            for run in (
+                lambda *rest: torch_outputs(torch_module(inspection, 'float64'), *rest),
+                lambda *rest: torch_outputs(torch_module(inspection, dtype), *rest),
+                lambda *rest: flax_outputs(model, variables, 'float64', *rest),
+                lambda *rest: flax_outputs(model, variables, dtype, *rest),
+            )
+        ]
+        rows = [
+            _row(name, label, OUTPUT_LIMIT, dtype, *(each[name] for each in outputs)) for name, label in parts.items()
+        ]
+        gradient_rows = []
+        if gradients:
+            weights = random.standard_normal(outputs[0][''].shape)
+            sides = [
+                torch_gradients(torch_module(inspection, 'float64'), images, weights),
+                torch_gradients(torch_module(inspection, dtype), images, weights),
+                flax_gradients(model, variables, 'float64', images, weights),
+                flax_gradients(model, variables, dtype, images, weights),
+            ]
+            scale = SMALLEST * max(np.abs(gradient).max() for gradient in sides[0].values())
+            gradient_rows = [
+                _row(name, f'gradient of {name}', GRADIENT_LIMIT, dtype, *(side[name] for side in sides), scale=scale)
+                for name in sides[0]
+            ]
+    predictions = outputs[3][''].argmax(axis=-1)
+    return Report(
+        inspection,
+        dtype,
+        len(images),
+        rows,
+        gradient_rows,
+        table=table_difference(model) if isinstance(model, SimpleViT) else None,
+        predictions=predictions,
+        agreement=float(np.mean(predictions == outputs[1][''].argmax(axis=-1))),
+    )
 
 
 def labels(model: nn.Module) -> dict[str, str]:
@@ -112,28 +144,56 @@ def labels(model: nn.Module) -> dict[str, str]:
 
 
 def flax_outputs(
-    model: nn.Module, variables: Mapping[str, Any], images: np.ndarray, dtype: str, names: list[str]
+    model: nn.Module, variables: Mapping[str, Any], dtype: str, images: np.ndarray, names: list[str]
 ) -> dict[str, np.ndarray]:
-    """The outputs of the parts that PyTorch calls `names`, computed in `dtype` at the highest precision."""
-    model = model.clone(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), precision='highest')
+    """The outputs, as float64, of the parts that PyTorch calls `names`, computed in `dtype`."""
 
     def wanted(module: nn.Module, method: str) -> bool:
         return method == '__call__' and torch_module_name(module.path) in names
 
     @jax.jit
     def outputs(variables: Mapping[str, Any], images: jax.Array) -> Any:
-        return model.apply(variables, images, capture_intermediates=wanted, mutable=['intermediates'])[1]
+        exact = model.clone(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), precision='highest')
+        return exact.apply(variables, images, capture_intermediates=wanted, mutable=['intermediates'])[1]
 
-    cast = jax.tree.map(lambda array: jnp.asarray(array, dtype), variables)
-    captured = flatten_dict(outputs(cast, jnp.asarray(images, dtype))['intermediates'])
-    return {torch_module_name(path[:-1]): np.asarray(output) for path, (output,) in captured.items()}
-
-
-def largest(values: np.ndarray, truth: np.ndarray) -> float:
-    """The largest difference, relative to the largest value."""
-    return float(np.abs(values - truth).max() / np.abs(truth).max())
+    captured = flatten_dict(outputs(*cast((variables, images), dtype))['intermediates'])
+    return {torch_module_name(path[:-1]): np.asarray(output, np.float64) for path, (output,) in captured.items()}
 
 
-def mean_square(values: np.ndarray, truth: np.ndarray) -> float:
-    """The root mean square of the difference, relative to that of the truth."""
-    return float(np.sqrt(np.mean((values - truth) ** 2) / np.mean(truth**2)))
+def flax_gradients(
+    model: nn.Module, variables: Mapping[str, Any], dtype: str, images: np.ndarray, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The gradients, as float64, of the sum of weights x logits, by PyTorch's names and in its order of axes."""
+
+    @jax.jit
+    @jax.grad
+    def gradients(variables: Mapping[str, Any], images: jax.Array, weights: jax.Array) -> jax.Array:
+        exact = model.clone(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), precision='highest')
+        logits: Any = exact.apply(variables, images)
+        return (logits * weights).sum()
+
+    flat = flatten_dict(gradients(*cast((variables, images, weights), dtype))['params'])
+    rules = {path: leaf(path, gradient.ndim) for path, gradient in flat.items()}
+    return {rule.name: rule.to_torch(np.asarray(flat[path], np.float64)) for path, rule in rules.items()}
+
+
+def cast(tree: Any, dtype: str) -> Any:
+    """Every array of the tree in `dtype`."""
+    return jax.tree.map(lambda array: jnp.asarray(array, dtype), tree)
+
+
+def _row(name: str, label: str, limit: float, dtype: str, *outputs: np.ndarray, scale: float = 0.0) -> Row:
+    truth, theirs, exact, ours = outputs
+    difference = np.abs(exact - truth)
+    worst = tuple(int(index) for index in np.unravel_index(difference.argmax(), difference.shape))
+    largest, mean_square = max(np.abs(truth).max(), scale), max(np.sqrt(np.mean(truth**2)), scale)
+    return Row(
+        name,
+        label,
+        exact=float(difference[worst] / largest),
+        worst=worst,
+        port=float(np.sqrt(np.mean((ours - truth) ** 2)) / mean_square),
+        torch=float(np.sqrt(np.mean((theirs - truth) ** 2)) / mean_square),
+        limit=limit,
+        floor=FLOOR.get(dtype, limit),
+    )

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from flax_vit.layers import Identity, Layer, check_divisible, check_sizes, gelu, sequential, softmax, to_patches
+from flax_vit.layers import Identity, Layer, add, check_divisible, check_sizes, gelu, sequential, softmax, to_patches
 
 
 class FeedForward(Layer):
@@ -172,10 +172,11 @@ class DeepViT(Layer):
         With `train`, the dropout needs `rngs={'dropout': key}`.
         """
         x = sequential(self.to_patch_embedding, images, train=train)
-        x, cls_token, pos_embedding = nn.dtypes.promote_dtype(x, self.cls_token, self.pos_embedding, dtype=self.dtype)
         batch, tokens, dim = x.shape
-        x = jnp.concatenate([jnp.broadcast_to(cls_token, (batch, 1, dim)), x], axis=1)
-        x = self.embedding_dropout(x + pos_embedding[:, : tokens + 1], deterministic=not train)
+        cls_tokens = add(jnp.zeros((batch, 1, dim), x.dtype), self.cls_token)
+        x = jnp.concatenate([cls_tokens, x], axis=1)
+        x = add(x, self.pos_embedding[:, : tokens + 1])
+        x = self.embedding_dropout(x, deterministic=not train)
         x = self.transformer(x, train=train)
         x = self.to_latent(x.mean(axis=1) if self.pool == 'mean' else x[:, 0])
         return sequential(self.mlp_head, x, train=train)

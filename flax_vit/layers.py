@@ -23,14 +23,29 @@ class Layer(nn.Module, kw_only=True):
     def numerics(self) -> dict[str, Any]:
         return {'dtype': self.dtype, 'param_dtype': self.param_dtype, 'precision': self.precision}
 
-    def linear(self, in_features: int, features: int, *, bias: bool = True) -> nn.Dense:
-        """`torch.nn.Linear(in_features, features, bias)`: weight and bias start uniform in ±1/√in_features."""
-        init = uniform(in_features**-0.5)
-        return nn.Dense(features, use_bias=bias, kernel_init=init, bias_init=init, **self.numerics)
+    def linear(self, in_features: int, features: int, *, bias: bool = True) -> 'Linear':
+        """`torch.nn.Linear(in_features, features, bias)`."""
+        return Linear(in_features=in_features, features=features, bias=bias, **self.numerics)
 
     def layer_norm(self) -> nn.LayerNorm:
         """`torch.nn.LayerNorm` of the last axis: epsilon 1e-5, two-pass variance; statistics at least float32."""
         return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=self.dtype, param_dtype=self.param_dtype)
+
+
+class Linear(Layer):
+    """`torch.nn.Linear`: weight and bias start uniform in ±1/√in_features; their names are those of linen's Dense."""
+
+    in_features: int
+    features: int
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, '*batch in_features']) -> Float[Array, '*batch features']:
+        init = uniform(self.in_features**-0.5)
+        kernel = self.param('kernel', init, (self.in_features, self.features), self.param_dtype)
+        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
+        x = jnp.dot(x, kernel, precision=self.precision)
+        return add(x, self.param('bias', init, (self.features,), self.param_dtype)) if self.bias else x
 
 
 class Identity(nn.Module):
@@ -43,6 +58,16 @@ class Identity(nn.Module):
 def gelu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
     """`torch.nn.GELU()`: by the error function, not by its tanh approximation (flax's default)."""
     return nn.gelu(x, approximate=False)
+
+
+def add(x: Float[Array, '*shape'], parameter: Float[Array, '...']) -> Float[Array, '*shape']:
+    """`x` and a parameter that is broadcast to it, added at least in float32, in the dtype of `x`.
+
+    The way back sums the parameter's gradient over the batch, in the dtype that was added in: PyTorch sums half
+    precision in float32, XLA would not.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return (x.astype(wide) + parameter.astype(wide)).astype(x.dtype)
 
 
 def softmax(x: Float[Array, '*shape']) -> Float[Array, '*shape']:

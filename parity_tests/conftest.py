@@ -1,0 +1,13 @@
+"""What every test may ask for."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """JAX has float64 in the tests that ask for it; the others run as users do, where it has not."""
+    with jax.enable_x64(True):
+        yield
