@@ -21,8 +21,8 @@ GRADIENT_LIMIT = 1e-11  # of float64: the way back adds as many roundings again,
 RATIO = 3.0  # times PyTorch's own rounding error
 # Half a unit in the last place of each dtype: below it nothing is left to compare.
 FLOOR = {'float32': 2.0**-24, 'bfloat16': 2.0**-9, 'float16': 2.0**-12}
-# A gradient that is by nature zero (of what a norm removes) is rounding noise, a few 1e-15 of the largest gradient. That
-# must stay below the limit, so errors are taken relative to at least this share of the largest.
+# A gradient that is by nature zero (of what a norm removes) is rounding noise, a few 1e-15 of the largest gradient,
+# which must stay below the limit: errors are taken relative to at least this share of the largest.
 SMALLEST = 1e-3
 
 
