@@ -4,7 +4,10 @@ Submodules have the PyTorch names in the PyTorch order, so that PyTorch's `trans
 is `transformer/layers_3_1/net_4/kernel` here.
 """
 
+from numbers import Real
+
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jax import Array
@@ -126,7 +129,7 @@ class DeepViT(Layer):
         if self.pool not in {'cls', 'mean'}:
             raise ValueError(f"DeepViT: pool must be 'cls' (class token) or 'mean' (of tokens), not {self.pool!r}.")
         for name in ('dropout', 'emb_dropout'):
-            if not 0 <= getattr(self, name) <= 1:
+            if not isinstance(getattr(self, name), Real) or not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'DeepViT: {name} must be a rate from 0 to 1, not {getattr(self, name)!r}.')
         super().__post_init__()
 
@@ -134,7 +137,7 @@ class DeepViT(Layer):
         side = self.patch_size
         num_patches = (self.image_size // side) ** 2
 
-        def cut(images: Shaped[Array, '...']) -> Float[Array, 'batch tokens patch_dim']:
+        def cut(images: Shaped[Array | np.ndarray, '...']) -> Float[Array, 'batch tokens patch_dim']:
             return to_patches(
                 self,
                 images,
@@ -166,7 +169,9 @@ class DeepViT(Layer):
         self.to_latent = Identity()
         self.mlp_head = [self.layer_norm(), self.linear(self.dim, self.num_classes)] if self.num_classes else []
 
-    def __call__(self, images: Shaped[Array, 'batch ...'], *, train: bool = False) -> Float[Array, 'batch outputs']:
+    def __call__(
+        self, images: Shaped[Array | np.ndarray, 'batch ...'], *, train: bool = False
+    ) -> Float[Array, 'batch outputs']:
         """Logits (batch, num_classes) of images (batch, height, width, channels) or (batch, channels, height, width).
 
         With `train`, the dropout needs `rngs={'dropout': key}`.

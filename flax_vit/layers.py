@@ -5,6 +5,7 @@ from numbers import Integral
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from flax.typing import Dtype, Initializer, PrecisionLike
@@ -75,7 +76,7 @@ def softmax(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
     return nn.softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
 
 
-def sequential(layers: Sequence[Any], x: Shaped[Array, '...'], *, train: bool) -> Float[Array, '...']:
+def sequential(layers: Sequence[Any], x: Shaped[Array | np.ndarray, '...'], *, train: bool) -> Float[Array, '...']:
     """`torch.nn.Sequential`: the layers in turn; Dropout acts in training only."""
     for layer in layers:
         x = layer(x, deterministic=not train) if isinstance(layer, nn.Dropout) else layer(x)
@@ -98,7 +99,7 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 def to_patches(
     model: nn.Module,
-    images: Shaped[Array, '...'],
+    images: Shaped[Array | np.ndarray, '...'],
     *,
     channels: int,
     patch_size: tuple[int, int],
@@ -125,14 +126,14 @@ def to_patches(
             f'{type(model).__name__} takes images of floating-point numbers, not {images.dtype}: '
             'convert and normalise them as in training.'
         )
-    return rearrange(images, f'{order} -> b (h w) (p1 p2 c)', p1=patch_size[0], p2=patch_size[1])
+    return rearrange(jnp.asarray(images), f'{order} -> b (h w) (p1 p2 c)', p1=patch_size[0], p2=patch_size[1])
 
 
-def check_sizes(model: nn.Module, **smallest: int) -> None:
-    """ValueError unless each named field is a whole number, or a pair of them, not below the smallest allowed."""
+def check_sizes(model: nn.Module, *, pairs: Sequence[str] = (), **smallest: int) -> None:
+    """ValueError unless each named field is a whole number not below the smallest allowed; or two, if among `pairs`."""
     for name, least in smallest.items():
         value = getattr(model, name)
-        numbers = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+        numbers = value if name in pairs and isinstance(value, tuple) and len(value) == 2 else (value,)
         if not all(isinstance(number, Integral) and int(number) >= least for number in numbers):
             raise ValueError(f'{type(model).__name__}: {name} must be a whole number from {least} up, not {value!r}.')
 

@@ -52,6 +52,13 @@ class FeedForward(Layer):
         return sequential(self.net, x, train=train)
 
 
+class Softmax(nn.Module):
+    """`torch.nn.Softmax(dim=-1)`: names the attention map, so that `capture_intermediates` can ask for it."""
+
+    def __call__(self, dots: Float[Array, 'batch heads i j']) -> Float[Array, 'batch heads i j']:
+        return softmax(dots)
+
+
 class Attention(Layer):
     dim: int
     heads: int
@@ -60,6 +67,7 @@ class Attention(Layer):
     def setup(self) -> None:
         inner_dim = self.heads * self.dim_head
         self.norm = self.layer_norm()
+        self.attend = Softmax()
         self.to_qkv = self.linear(self.dim, 3 * inner_dim, bias=False)
         self.to_out = self.linear(inner_dim, self.dim, bias=False)
 
@@ -67,7 +75,7 @@ class Attention(Layer):
         qkv = self.to_qkv(self.norm(x))
         q, k, v = rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads)
         dots = jnp.einsum('bhid,bhjd->bhij', q, k, precision=self.precision) * self.dim_head**-0.5
-        out = jnp.einsum('bhij,bhjd->bhid', softmax(dots), v, precision=self.precision)
+        out = jnp.einsum('bhij,bhjd->bhid', self.attend(dots), v, precision=self.precision)
         return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))
 
 
@@ -116,8 +124,8 @@ class SimpleViT(Layer):
     norm_after_mean: bool = False  # vit-pytorch before 1.4.0: mean over tokens first, then a LayerNorm in the head
 
     def __post_init__(self) -> None:
-        check_sizes(self, image_size=1, patch_size=1, num_classes=0, dim=8, depth=1, heads=1, mlp_dim=1)
-        check_sizes(self, channels=1, dim_head=1)
+        check_sizes(self, pairs=('image_size', 'patch_size'), image_size=1, patch_size=1, channels=1)
+        check_sizes(self, num_classes=0, dim=8, depth=1, heads=1, mlp_dim=1, dim_head=1)
         check_divisible(self, pair(self.image_size), pair(self.patch_size))
         if self.dim % 4:
             raise ValueError(f'SimpleViT: dim must be a multiple of 4 for the sincos table, not {self.dim}.')
@@ -138,7 +146,7 @@ class SimpleViT(Layer):
         image_size, patch_size = pair(self.image_size), pair(self.patch_size)
         patch_dim = self.channels * patch_size[0] * patch_size[1]
 
-        def cut(images: Shaped[Array, '...']) -> Float[Array, 'batch tokens patch_dim']:
+        def cut(images: Shaped[Array | np.ndarray, '...']) -> Float[Array, 'batch tokens patch_dim']:
             return to_patches(
                 self,
                 images,
@@ -166,7 +174,9 @@ class SimpleViT(Layer):
             head = self.linear(self.dim, self.num_classes)
             self.linear_head: Any = [self.layer_norm(), head] if self.norm_after_mean else head
 
-    def __call__(self, images: Shaped[Array, 'batch ...'], *, train: bool = False) -> Float[Array, 'batch outputs']:
+    def __call__(
+        self, images: Shaped[Array | np.ndarray, 'batch ...'], *, train: bool = False
+    ) -> Float[Array, 'batch outputs']:
         """Logits (batch, num_classes) of images (batch, height, width, channels) or (batch, channels, height, width).
 
         `train` is there for DeepViT's sake: SimpleViT computes the same in training.

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -184,7 +183,7 @@ def test_the_demo_proves_both_models(flax_vit: Run) -> None:
 
 
 def test_the_demo_fails_when_the_port_is_wrong(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert.verify, "OUTPUT_LIMIT", 0.0)
+    monkeypatch.setattr(convert.verify, 'OUTPUT_LIMIT', 0.0)
     assert flax_vit('demo')[0] == 1
 
 

@@ -1,5 +1,6 @@
 """The models by themselves: what they take, what they refuse, how they start, in which precision they compute."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -24,7 +26,7 @@ from reference import (
     relative_error,
     to_numpy,
 )
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 import convert
 from flax_vit import DeepViT, SimpleViT
@@ -101,6 +103,13 @@ def test_both_orders_of_the_axes_give_the_same(name: str) -> None:
     np.testing.assert_array_equal(apply(variables, images), apply(variables, images.transpose(0, 3, 1, 2)))
 
 
+@both_models
+def test_numpy_images(name: str) -> None:
+    _, model, variables = converted(CONFIGURATIONS[name], torch.float32)
+    images = random_images(CONFIGURATIONS[name]).astype(np.float32)
+    assert np.array_equal(model.apply(variables, images), model.apply(variables, jnp.asarray(images)))
+
+
 @pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
 def test_where_both_orders_fit_the_channels_are_last(model_class: Any, float64: None) -> None:
     fields: dict[str, Any] = {
@@ -159,6 +168,24 @@ def test_wrong_fields_of_one_model(model_class: Any, wrong: dict[str, Any], word
     with pytest.raises(ValueError, match=model_class.__name__) as error:
         model_class(**SMALL | wrong)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ('model_class', 'name', 'value'),
+    [
+        (DeepViT, 'dropout', 'a'),
+        (DeepViT, 'image_size', (12, 12)),
+        (DeepViT, 'patch_size', (4, 4)),
+        (DeepViT, 'heads', (2, 2)),
+        (SimpleViT, 'dim', (8, 8)),
+        (SimpleViT, 'depth', 1.5),
+        (SimpleViT, 'image_size', (12, 12, 12)),
+    ],
+)
+def test_fields_of_the_wrong_type(model_class: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)  # as users have it, who meet our own checks
+    with pytest.raises(ValueError, match=f'{model_class.__name__}: {name} must be .*{re.escape(repr(value))}'):
+        model_class(**SMALL | {name: value})
 
 
 @pytest.mark.parametrize(
