@@ -6,7 +6,7 @@ architecture is a row here. `#` stands for the number of a transformer block.
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -150,8 +150,10 @@ def template(layout: Layout, *, head: bool = True) -> dict[str, tuple[Axis, ...]
 
 
 @cache
-def _head_patterns(layout: Layout) -> frozenset[str]:
-    return frozenset(template(layout)) - frozenset(template(layout, head=False))
+def _head(layout: Layout) -> str:
+    """The name of the module that is the head."""
+    first, *_ = template(layout).keys() - template(layout, head=False).keys()
+    return first.partition('.')[0]
 
 
 @cache
@@ -159,9 +161,18 @@ def _known_patterns() -> frozenset[str]:
     return frozenset().union(*(template(layout) for layout in LAYOUTS))
 
 
-def is_known(name: str) -> bool:
-    """Whether some layout has a parameter of this name."""
-    return pattern(name) in _known_patterns()
+@cache
+def _most_parts() -> int:
+    return max(name.count('.') for name in _known_patterns()) + 1
+
+
+def beginnings(name: str) -> Iterator[str]:
+    """What stands before each ending of `name` that some layout has as a parameter: 'model.' of 'model.cls_token'."""
+    parts = name.split('.')
+    for position in range(max(0, len(parts) - _most_parts()), len(parts)):
+        ending = '.'.join(parts[position:])
+        if pattern(ending) in _known_patterns():
+            yield name.removesuffix(ending)
 
 
 @dataclass(frozen=True)
@@ -173,25 +184,32 @@ class Fit:
     depth: int
     sizes: Mapping[str, int]  # of each quantity that the shapes tell
     problems: Sequence[str]  # a line for each name that is missing, left over or misshapen
-    headless: bool  # nothing is wrong but that the head is missing
+    body: bool  # all but the head fits
+    advice: str  # what to do about the problems, where that can be told
 
     @property
-    def advice(self) -> str:
-        """What to do about the problems, where that can be told."""
-        if self.headless:
-            return 'Only the head is missing: num_classes=0 converts the model without it, to give the pooled features.'
-        return ''
+    def difference(self) -> str:
+        """The problems for people: what several blocks have in common is said once, with `#` for their number."""
+        alike = defaultdict(list)
+        for problem in self.problems:
+            alike[pattern(problem)].append(problem)
+        lines: list[str] = []
+        for common, group in alike.items():
+            lines += [f'{common} (each block #)'] if len(group) == self.depth > 1 else group
+        more = [f'  ... and {len(lines) - MOST_LINES} more'] if len(lines) > MOST_LINES else []
+        return '\n'.join(lines[:MOST_LINES] + more)
+
+
+MOST_LINES = 24
 
 
 def fit(layout: Layout, shapes: Shapes, *, head: bool = True) -> Fit:
-    """Hold `shapes` against the layout, with its head or as if it had none.
+    """Hold `shapes` against the layout, with its head or as if it had none, whatever it may be.
 
     The size of each quantity is what most of the axes that hold it say, so that an odd one out is what gets reported.
     """
     axes = template(layout, head=head)
-    patterns = {name: pattern(name) for name in shapes}
-    if not head:
-        patterns = {name: found for name, found in patterns.items() if found not in _head_patterns(layout)}
+    patterns = {name: pattern(name) for name in shapes if head or not _is_part(name, _head(layout))}
     numbers = (_NUMBER.search(name) for name, found in patterns.items() if found in axes)
     depth = len({number[0] for number in numbers if number})
     votes: dict[str, Counter[int]] = defaultdict(Counter)
@@ -204,39 +222,46 @@ def fit(layout: Layout, shapes: Shapes, *, head: bool = True) -> Fit:
     expected = {
         wanted.replace('#', str(number)): tuple(axis.size(sizes) for axis in axes[wanted])
         for wanted in axes
-        for number in range(depth if '#' in wanted else 1)
+        for number in range(max(depth, 1) if '#' in wanted else 1)  # a model without a block is none of ours
     }
-    problems = differences(expected, {name: shapes[name] for name in patterns})
-    missing = {pattern(name) for name in expected if name not in shapes}
-    headless = missing == _head_patterns(layout) and len(problems) == len(missing)
-    return Fit(layout, list(expected), depth, sizes, problems, headless)
+    found_shapes = {name: tuple(shapes[name]) for name in patterns}
+    problems = differences(expected, found_shapes)
+    different = {name for name in expected.keys() | patterns.keys() if expected.get(name) != found_shapes.get(name)}
+    body = all(_is_part(name, _head(layout)) for name in different)
+    advice = _advice(layout, expected.keys(), different) if problems else ''
+    return Fit(layout, list(expected), depth, sizes, problems, body, advice)
+
+
+def _advice(layout: Layout, expected: Set[str], different: Set[str]) -> str:
+    """What to do about names that are missing or left over, or have another shape, where that can be told."""
+    head = _head(layout)
+    strangers = {name.partition('.')[0] for name in different if not _is_part(name, head)}
+    if not strangers:
+        cut_off = different == {name for name in expected if _is_part(name, head)}
+        is_there = 'missing: num_classes=0' if cut_off else 'another one: num_classes=0 leaves it out and'
+        return f'Only the head, {head}, is {is_there} converts the rest, to give the pooled features.'
+    extra = different - expected
+    if all(name in extra or _is_part(name, head) for name in different):
+        headless = f' {head} is missing or another one: give num_classes=0 as well, for the pooled features.'
+        return (
+            f'All of the model is here, and more: {", ".join(sorted(strangers))}. If that is no part of what it '
+            'computes (a new head, a loss), take it out of the state dict and convert the rest.'
+            f'{headless if different - extra else ""}'
+        )
+    if not any(_is_part(name, 'transformer') for name in different):
+        return (
+            f'Only the Transformer is here; of the model round it these are missing or different: '
+            f'{", ".join(sorted(strangers))}. In PyTorch, load the Transformer into the whole model that it was '
+            "trained in, and convert that model's state dict."
+        )
+    return ''
+
+
+def _is_part(name: str, module: str) -> bool:
+    return name.partition('.')[0] == module
 
 
 def best_fit(shapes: Shapes, *, head: bool = True) -> Fit:
-    """The layout with the fewest problems."""
-    return min((fit(layout, shapes, head=head) for layout in LAYOUTS), key=lambda fit: len(fit.problems))
-
-
-# Models of vit-pytorch and others that share names with ours and compute another function, by a name that gives them
-# away and its number of axes (None: any).
-RELATIVES: Sequence[tuple[str, int | None, str]] = (
-    (
-        r'linear_head\.weight',
-        1,
-        'SimpleViT of vit-pytorch 1.4.0, whose head is by mistake a LayerNorm: it was never trained to classify. '
-        'Train with 1.4.1 or later',
-    ),
-    (r'register_tokens', None, 'SimpleViT with register tokens (vit_pytorch.simple_vit_with_register_tokens)'),
-    (r'.*\.[qk]_norm\.gamma', None, 'SimpleViT with query-key normalisation (vit_pytorch.simple_vit_with_qk_norm)'),
-    (r'to_freq_embedding\..*', None, 'SimpleViT with Fourier features (vit_pytorch.simple_vit_with_fft)'),
-    (r'.*\.to_value_residual_mix\..*', None, 'SimpleViT with value residuals (simple_vit_with_value_residual)'),
-)
-
-
-def relative(shapes: Shapes) -> str | None:
-    """Which other model these names are, if a name gives it away."""
-    for expression, dimensions, what in RELATIVES:
-        for name, shape in shapes.items():
-            if re.fullmatch(expression, name) and dimensions in (None, len(shape)):
-                return f'This is {what}: another function, which is not converted ({name!r} tells).'
-    return None
+    """The layout that fits but for the head, else the one with the fewest problems."""
+    fits = [fit(layout, shapes, head=head) for layout in LAYOUTS]
+    return min(fits, key=lambda fit: (not fit.body, len(fit.problems)))

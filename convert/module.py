@@ -1,11 +1,12 @@
-"""A live torch module: is it one of those we port, and what does it tell beyond its weights? Torch is not imported."""
+"""A live torch module: is it one of those we port, and what does it tell beyond its weights?"""
 
-from collections.abc import Mapping
+import re
+import warnings
 from typing import Any
 
 import numpy as np
 
-from convert.errors import ConversionError
+from convert.errors import ConversionError, ConversionWarning
 from flax_vit.simple_vit import posemb_sincos_2d
 
 PORTED = {
@@ -23,18 +24,14 @@ WRAPPERS = {
     'torch._dynamo.eval_frame.OptimizedModule': '_orig_mod',
 }
 
-# What the ported modules are built of, with the settings that the port mirrors.
-PARTS: Mapping[str, Mapping[str, Any]] = {
-    'torch.nn.modules.activation.GELU': {'approximate': 'none'},
-    'torch.nn.modules.activation.Softmax': {'dim': -1},
-    'torch.nn.modules.container.ModuleList': {},
-    'torch.nn.modules.container.Sequential': {},
-    'torch.nn.modules.dropout.Dropout': {},
-    'torch.nn.modules.linear.Identity': {},
-    'torch.nn.modules.linear.Linear': {},
-    'torch.nn.modules.normalization.LayerNorm': {'eps': 1e-5},
-    'einops.layers.torch.Rearrange': {},
+# Of torch's parts, what they compute depends on this beside their weights.
+SETTINGS = {
+    'torch.nn.modules.activation.GELU': 'approximate',
+    'torch.nn.modules.activation.Softmax': 'dim',
+    'torch.nn.modules.normalization.LayerNorm': 'eps',
+    'einops.layers.torch.Rearrange': 'pattern',
 }
+IDENTITY = 'torch.nn.modules.linear.Identity'
 
 
 def is_module(source: object) -> bool:
@@ -43,44 +40,91 @@ def is_module(source: object) -> bool:
 
 
 def unwrapped(module: Any) -> Any:
-    """The ported module inside torch's wrappers. Raises ConversionError when it, or a part of it, is another class."""
+    """The ported module inside torch's wrappers. Raises ConversionError when it, or a part of it, is another."""
     while class_name(module) in WRAPPERS:
         module = getattr(module, WRAPPERS[class_name(module)])
     if class_name(module) not in PORTED:
-        raise ConversionError(
-            f'This module is a {class_name(module)}, which is none of {", ".join(sorted(PORTED))}. '
-            'If it computes what one of those does, pass its state_dict().'
+        inside = [name for name, part in module.named_modules() if class_name(part) in PORTED]
+        advice = (
+            f'It holds one; pass that: module.get_submodule({inside[0]!r}).'
+            if inside
+            else 'If it computes what one of those does, pass its state_dict().'
         )
-    own = type(module).__module__
-    for name, part in module.named_modules():
-        part_class = class_name(part)
-        if part_class.startswith(f'{own}.'):
-            continue
-        if part_class not in PARTS:
-            raise ConversionError(
-                f'{name} is a {part_class}, which {class_name(module)} does not have: another function.'
-            )
-        for setting, value in PARTS[part_class].items():
-            if getattr(part, setting) != value:
-                raise ConversionError(
-                    f'{name} has {setting}={getattr(part, setting)!r}, not {value!r}: another function.'
-                )
+        raise ConversionError(
+            f'This module is a {class_name(module)}, which is none of {", ".join(sorted(PORTED))}. {advice}'
+        )
+    check_parts(module)
     return module
+
+
+def check_parts(module: Any) -> None:
+    """Hold every part of a ported module against those of a new one of its class.
+
+    Raises ConversionError where a part is missing, added, replaced or set otherwise. What hooks do can't be known, so
+    they are a ConversionWarning.
+    """
+    import torch  # which is there already, as it made the module
+
+    parts = dict(module.named_modules(remove_duplicate=False))
+    depth = sum(re.fullmatch(r'transformer\.layers\.\d+', name) is not None for name in parts)
+    with torch.device('meta'):  # it takes no memory, and no numbers from the random generator
+        new = type(module)(image_size=2, patch_size=1, num_classes=1, dim=8, depth=depth, heads=2, mlp_dim=1)
+    expected = {name: signature(part) for name, part in new.named_modules(remove_duplicate=False)}
+    found = {name: signature(part) for name, part in parts.items()}
+    head = 'mlp_head' if 'mlp_head' in expected else 'linear_head'
+    if found.get(head) == IDENTITY:  # a model for features
+        expected = {name: part for name, part in expected.items() if name.partition('.')[0] != head} | {head: IDENTITY}
+    what = f'a {class_name(module)}'
+    for name in [*found, *expected.keys() - found.keys()]:
+        if found.get(name) != expected.get(name):
+            is_there = f'{name} is a {found[name]}' if name in found else f'{name} is missing'
+            should = f'{what} has a {expected[name]} there' if name in expected else f'{what} has no such part'
+            advice = f' With {head} = torch.nn.Identity(), the rest converts.' if name.partition('.')[0] == head else ''
+            raise ConversionError(f'{is_there}, but {should}: another function.{advice}')
+    for name, part in parts.items():
+        if 'forward' in vars(part):
+            raise ConversionError(f'{name or "The module"} has a forward that is not of its class: another function.')
+        if type(part).__name__ == 'Attention':
+            heads = attention(module).heads
+            dim_head = part.to_qkv.out_features // 3 / heads
+            if part.heads != heads or part.scale != dim_head**-0.5:
+                raise ConversionError(
+                    f'{name} has heads={part.heads} and scale={part.scale}, but of {what} every block has as many '
+                    f'heads, here {heads}, and a scale of {dim_head:g}**-0.5: another function.'
+                )
+    hooked = [name or 'the module' for name, part in parts.items() if part._forward_hooks or part._forward_pre_hooks]
+    if hooked:
+        warnings.warn(
+            f'There are hooks on {", ".join(hooked)}, which are not converted. It matters only if one changes what the '
+            'module computes.',
+            ConversionWarning,
+            stacklevel=4,
+        )
+
+
+def signature(part: Any) -> str:
+    """The class of a part, with what its function depends on beside weights: '…LayerNorm(eps=1e-05)'."""
+    name = class_name(part)
+    return f'{name}({SETTINGS[name]}={getattr(part, SETTINGS[name])!r})' if name in SETTINGS else name
+
+
+def attention(module: Any) -> Any:
+    """The attention of the first block."""
+    first, *_ = [part for _, part in module.named_modules() if type(part).__name__ == 'Attention']
+    return first
 
 
 def known_fields(module: Any) -> dict[str, Any]:
     """Fields of the Flax model that the module itself tells, where the weights can't."""
-    parts = [part for _, part in module.named_modules()]
-    rearrange, *_ = [part for part in parts if class_name(part) == 'einops.layers.torch.Rearrange']
-    attention, *_ = [part for part in parts if type(part).__name__ == 'Attention']
+    rearrange, attend = module.to_patch_embedding[0], attention(module)
     patch_size = rearrange.axes_lengths['p1'], rearrange.axes_lengths['p2']
-    fields = {'heads': attention.heads, 'patch_size': patch_size[0] if patch_size[0] == patch_size[1] else patch_size}
+    fields = {'heads': attend.heads, 'patch_size': patch_size[0] if patch_size[0] == patch_size[1] else patch_size}
     head = getattr(module, 'mlp_head', None) or module.linear_head
-    if class_name(head) == 'torch.nn.modules.linear.Identity':
+    if class_name(head) == IDENTITY:
         fields['num_classes'] = 0
     if type(module).__name__ == 'DeepViT':
-        return fields | {'pool': module.pool, 'dropout': attention.to_out[1].p, 'emb_dropout': module.dropout.p}
-    if hasattr(module, 'pos_embedding'):  # since vit-pytorch 1.4.0
+        return fields | {'pool': module.pool, 'dropout': attend.to_out[1].p, 'emb_dropout': module.dropout.p}
+    if hasattr(module, 'pos_embedding'):  # since vit-pytorch 1.2.5
         grid = sincos_grid(module.pos_embedding.detach().cpu().numpy())
         image_size = grid[0] * patch_size[0], grid[1] * patch_size[1]
         fields['image_size'] = image_size[0] if image_size[0] == image_size[1] else image_size

@@ -4,6 +4,7 @@ No list of known words is searched for: wherever a dict holds tensors, and under
 layouts are tried. What is not part of the model is left aside and reported by group.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ import numpy as np
 
 from convert.checkpoint import Foreign
 from convert.errors import ConversionError
-from convert.layouts import Fit, best_fit, is_known, relative
+from convert.layouts import Fit, beginnings, best_fit
+from convert.relatives import relative
 
 # Counters that profilers leave among the weights; they are no part of any model's function.
 BOOKKEEPING = {'total_ops', 'total_params'}
+# What torch puts into the middle of names where it wraps a part of a model; the part computes the same.
+INSERTED = re.compile(r'(?<=\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.')
 MOST_PLACES = 64  # in one file that are held against the layouts, the likeliest first
 
 
@@ -28,17 +32,32 @@ class Leaf(NamedTuple):
     value: Any
 
 
+class Place(NamedTuple):
+    """Where a model may be: in a dict, under the names that begin alike."""
+
+    container: tuple[str, ...]
+    beginning: str  # '' or 'module.'
+
+    @property
+    def address(self) -> tuple[str, ...]:
+        return (*self.container, *self.beginning.split('.')[:-1])
+
+    @property
+    def key(self) -> str:
+        return '.'.join(self.address)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """Tensors that may be a model's: where they are, and how the best layout fits them."""
 
-    address: tuple[str, ...]  # the containers' keys, then the beginning of the names: ('model', 'module')
+    place: Place
     tensors: Mapping[str, np.ndarray]  # by the rest of their names
     fit: Fit
 
     def __str__(self) -> str:
         size = sum(tensor.nbytes for tensor in self.tensors.values())
-        return f'key={".".join(self.address)!r}: {self.fit.layout}; {len(self.tensors)} tensors, {size:,} bytes'
+        return f'key={self.place.key!r}: {self.fit.layout}; {len(self.tensors)} tensors, {size:,} bytes'
 
 
 @dataclass(frozen=True)
@@ -52,74 +71,92 @@ class Unwrapped:
 
 
 def unwrap(tree: Any, *, key: str | None = None, head: bool = True) -> Unwrapped:
-    """The only model in `tree`, or the one whose address begins with `key`; without its head when `head` is False.
+    """The only model in `tree`, or the one at the address `key` or inside it; without its head if `head` is False.
 
     Raises ConversionError when there is none, when several differ, or when the best is incomplete or has a name that
     no layout explains.
     """
     leaves = list(walk(tree))
-    candidates = [
-        Candidate(address, tensors, best_fit({name: tensor.shape for name, tensor in tensors.items()}, head=head))
-        for address, tensors in places(leaves)
-    ]
+    found = candidates(leaves, key, head=head)
     if key is not None:
-        wanted = tuple(key.split('.')) if key else ()
-        chosen = [candidate for candidate in candidates if candidate.address[: len(wanted)] == wanted]
+        chosen = [candidate for candidate in found if _is_at(candidate.place, key)]
+        chosen = [candidate for candidate in chosen if candidate.place.key == key] or chosen
         if not chosen:
-            raise ConversionError(f'There is no model at key={key!r}. {_list(candidates) or _contents(leaves)}')
-        candidates = chosen
-    complete = [candidate for candidate in candidates if not candidate.fit.problems]
-    different = distinct(complete)
+            raise ConversionError(f'There is no model at key={key!r}. {_list(found) or _contents(leaves)}')
+        found = chosen
+    different = distinct(candidate for candidate in found if not candidate.fit.problems)
     if len(different) > 1:
         raise ConversionError(f'There are several different models here; choose one. {_list(different)}')
     if not different:
-        raise ConversionError(refusal(leaves, candidates))
-    chosen_one = different[0]
-    names = frozenset(chosen_one.fit.names)
-    tensors = {name: tensor for name, tensor in chosen_one.tensors.items() if name in names}
-    return Unwrapped('.'.join(chosen_one.address), tensors, chosen_one.fit, left_aside(leaves, chosen_one))
+        raise ConversionError(refusal(leaves, found))
+    model = different[0]
+    names = frozenset(model.fit.names)
+    tensors = {name: tensor for name, tensor in model.tensors.items() if name in names}
+    return Unwrapped(model.place.key, tensors, model.fit, left_aside(leaves, model))
 
 
 def walk(tree: Any) -> Iterator[Leaf]:
-    """Every leaf of the tree once, also where containers are shared or hold themselves."""
-    seen: set[int] = set()
-    stack: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    """Every leaf of the tree, by every way that leads to it; containers that hold themselves are entered once."""
+    stack: list[tuple[tuple[str, ...], Any, tuple[int, ...]]] = [((), tree, ())]
     while stack:
-        path, node = stack.pop()
+        path, node, parents = stack.pop()
         children: Iterable[tuple[Any, Any]]
         if isinstance(node, Mapping):
             children = node.items()
         elif isinstance(node, list | tuple | set | frozenset):
             children = enumerate(node)
         else:
-            yield Leaf(path[:-1], path[-1] if path else '', node)
+            yield Leaf(path[:-1], INSERTED.sub('', path[-1]) if path else '', node)
             continue
-        if id(node) not in seen:
-            seen.add(id(node))
-            stack += reversed([((*path, str(name)), child) for name, child in children])
+        if id(node) not in parents:
+            stack += reversed([((*path, str(name)), child, (*parents, id(node))) for name, child in children])
 
 
-def places(leaves: Iterable[Leaf]) -> Iterator[tuple[tuple[str, ...], dict[str, np.ndarray]]]:
-    """Where tensors have names that some layout knows, after a beginning of any length: address and tensors."""
+def candidates(leaves: Iterable[Leaf], key: str | None, *, head: bool) -> list[Candidate]:
+    """What is found where tensors have names that some layout knows, after a beginning of any length.
+
+    A complete model among the names of another (an average that a model keeps of itself) is none of the other's.
+    Raises ConversionError when two tensors have one name.
+    """
     state_dicts: dict[tuple[str, ...], dict[str, np.ndarray]] = defaultdict(dict)
     for leaf in leaves:
         if isinstance(leaf.value, np.ndarray) and leaf.name.rpartition('.')[2] not in BOOKKEEPING:
+            if leaf.name in state_dicts[leaf.container]:
+                raise ConversionError(f'Two tensors have the name {".".join((*leaf.container, leaf.name))!r}.')
             state_dicts[leaf.container][leaf.name] = leaf.value
-    known: Counter[tuple[tuple[str, ...], str]] = Counter()
-    for container, state_dict in state_dicts.items():
-        for name in state_dict:
-            starts = [0] + [position + 1 for position, character in enumerate(name) if character == '.']
-            known.update((container, name[:start]) for start in starts if is_known(name[start:]))
-    for (container, beginning), _ in known.most_common(MOST_PLACES):
-        address = (*container, *beginning.split('.')[:-1])
-        state_dict = state_dicts[container]
-        yield address, {name[len(beginning) :]: state_dict[name] for name in state_dict if name.startswith(beginning)}
+    known = Counter(
+        Place(container, beginning)
+        for container, state_dict in state_dicts.items()
+        for name in state_dict
+        for beginning in beginnings(name)
+    )
+    likeliest = sorted(known, key=lambda place: (key is None or not _is_at(place, key), -known[place]))[:MOST_PLACES]
+    found: list[Candidate] = []
+    for place in sorted(likeliest, key=lambda place: -len(place.beginning)):
+        inside = tuple(
+            other.place.beginning
+            for other in found
+            if other.place.container == place.container and not other.fit.problems
+        )
+        tensors = {
+            name.removeprefix(place.beginning): tensor
+            for name, tensor in state_dicts[place.container].items()
+            if name.startswith(place.beginning) and not name.startswith(inside)
+        }
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        found.append(Candidate(place, tensors, best_fit(shapes, head=head)))
+    return found
 
 
-def distinct(candidates: Iterable[Candidate]) -> list[Candidate]:
+def _is_at(place: Place, key: str) -> bool:
+    """Whether the place is at that address, or inside it."""
+    return key in ('', place.key) or place.key.startswith(f'{key}.')
+
+
+def distinct(found: Iterable[Candidate]) -> list[Candidate]:
     """One of each group of equal candidates, the shortest address first."""
     different: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda candidate: len(candidate.address)):
+    for candidate in sorted(found, key=lambda candidate: len(candidate.place.address)):
         if not any(equal(candidate, other) for other in different):
             different.append(candidate)
     return different
@@ -136,16 +173,19 @@ def equal(one: Candidate, other: Candidate) -> bool:
     )
 
 
-def left_aside(leaves: Iterable[Leaf], chosen: Candidate) -> dict[str, str]:
-    """What is not part of the chosen model, grouped where its address parts from the model's."""
+def left_aside(leaves: Iterable[Leaf], model: Candidate) -> dict[str, str]:
+    """What is not part of the model, grouped where its address parts from the model's."""
     groups: dict[str, list[Any]] = defaultdict(list)
-    model = {(*chosen.address, *name.split('.')) for name in chosen.fit.names}
+    address = model.place.address
+    parts = {(*address, *name.split('.')) for name in model.fit.names}
     for leaf in leaves:
         path = (*leaf.container, *leaf.name.split('.'))
-        if path not in model:
+        if path[-1] in BOOKKEEPING:
+            groups[path[-1]].append(leaf.value)
+        elif path not in parts:
             shared = next(
-                (i for i, (a, b) in enumerate(zip(path, chosen.address, strict=False)) if a != b),
-                min(len(path) - 1, len(chosen.address)),
+                (i for i, (a, b) in enumerate(zip(path, address, strict=False)) if a != b),
+                min(len(path) - 1, len(address)),
             )
             groups['.'.join(path[: shared + 1])].append(leaf.value)
     return {group: describe(values) for group, values in groups.items()}
@@ -162,32 +202,33 @@ def describe(values: list[Any]) -> str:
     return ' and '.join(f'{count} {what}{"s" if count > 1 else ""}' for count, what in counts if count)
 
 
-def refusal(leaves: list[Leaf], candidates: list[Candidate]) -> str:
+def refusal(leaves: list[Leaf], found: list[Candidate]) -> str:
     """Why nothing here can be converted, and what to do."""
-    names = [leaf.name for leaf in leaves if isinstance(leaf.value, np.ndarray)]
-    for candidate in sorted(candidates, key=lambda candidate: len(candidate.fit.problems)):
-        shapes = {name: tensor.shape for name, tensor in candidate.tensors.items()}
-        if reason := relative(shapes):
-            return reason
-    if reason := relative({leaf.name: leaf.value.shape for leaf in leaves if isinstance(leaf.value, np.ndarray)}):
-        return reason
+    shapes = {
+        '.'.join((*leaf.container, leaf.name)): leaf.value.shape
+        for leaf in leaves
+        if isinstance(leaf.value, np.ndarray)
+    }
     modules = sorted({leaf.value.name for leaf in leaves if isinstance(leaf.value, Foreign)})
-    if not names and modules:
+    if not shapes and modules:
         return (
             f'There are no tensors here, only objects of {", ".join(modules)}, which are never unpickled. '
             "Save the state dict where those classes live: torch.save(model.state_dict(), 'weights.pt')."
         )
-    if not candidates:
+    best = min(found, key=lambda candidate: len(candidate.fit.problems) / len(candidate.fit.names), default=None)
+    if best and (reason := relative({name: tensor.shape for name, tensor in best.tensors.items()})):
+        return reason
+    if not (best and best.fit.advice) and (reason := relative(shapes)):
+        return reason
+    if not best:
         return f'This is no SimpleViT or DeepViT of vit-pytorch. {_contents(leaves)}'
-    best = min(candidates, key=lambda candidate: len(candidate.fit.problems) / len(candidate.fit.names))
-    where = f' at {".".join(best.address)!r}' if best.address else ''
-    problems = '\n'.join(best.fit.problems)
+    where = f' at {best.place.key!r}' if best.place.key else ''
     advice = f'\n{best.fit.advice}' if best.fit.advice else ''
-    return f'No layout fits. The nearest is {best.fit.layout}{where}; the difference:\n{problems}{advice}'
+    return f'No layout fits. The nearest is {best.fit.layout}{where}; the difference:\n{best.fit.difference}{advice}'
 
 
-def _list(candidates: list[Candidate]) -> str:
-    return 'Models here:\n' + '\n'.join(f'  {candidate}' for candidate in candidates) if candidates else ''
+def _list(found: list[Candidate]) -> str:
+    return 'Models here:\n' + '\n'.join(f'  {candidate}' for candidate in found) if found else ''
 
 
 def _contents(leaves: list[Leaf]) -> str:
