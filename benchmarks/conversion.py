@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 WAYS = {
-    'plain copy of the file': "import shutil\ndef work():\n    shutil.copyfile(source, target)",
+    'plain copy of the file': 'import shutil\ndef work():\n    shutil.copyfile(source, target)',
     'torch.load': 'import torch\ndef work():\n    return torch.load(source)',
     'convert.from_torch': (
         'import jax, convert\njax.numpy.zeros(1).block_until_ready()\n'
@@ -62,9 +62,7 @@ def make_checkpoint(path: Path, gib: float) -> None:
 
     dim = 1024
     depth = round(gib * 2**30 / (12 * dim**2 * 4))
-    model = SimpleViT(
-        image_size=224, patch_size=16, num_classes=1000, dim=dim, depth=depth, heads=16, mlp_dim=4 * dim
-    )
+    model = SimpleViT(image_size=224, patch_size=16, num_classes=1000, dim=dim, depth=depth, heads=16, mlp_dim=4 * dim)
     torch.save(model.state_dict(), path)
 
 

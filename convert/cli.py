@@ -14,6 +14,7 @@ from convert.conversion import inspect, place, provenance
 from convert.display import err, out, show_converted, show_inspection, show_plan, show_report, track
 from convert.export import export
 from convert.images import load_images
+from convert.report import check_target, figures_of, write_json, write_page
 from convert.verify import verify
 from flax_vit import __version__, from_pretrained, save_pretrained
 from flax_vit.pretrained import read_config
@@ -113,6 +114,10 @@ def convert_command(source: str, folder: Path, **options: Any) -> None:
     help='Compared beside float64, where the port may be 3 times as far from the truth as PyTorch.',
 )
 @click.option('--gradients', is_flag=True, help='Compare the gradient of every parameter, too.')
+@click.option('--report', 'page', type=click.Path(dir_okay=False, path_type=Path), help='Write an HTML page of it all.')
+@click.option(
+    '--json', 'data', type=click.Path(dir_okay=False, path_type=Path), help='Write the figures, for machines.'
+)
 def verify_command(
     source: str,
     folder: Path | None,
@@ -121,6 +126,8 @@ def verify_command(
     seed: int,
     dtype: str,
     gradients: bool,
+    page: Path | None,
+    data: Path | None,
     **options: Any,
 ) -> None:
     """Run vit-pytorch's module and the Flax model on the same images; compare every block.
@@ -129,6 +136,8 @@ def verify_command(
     torch and vit-pytorch: pip install 'flax-vit[torch]'. The exit status is 0 when the port is right, 1 when not.
     """
     fields = given(options)
+    for target in filter(None, (page, data)):
+        check_target(target, page=target == page)
     inspection = inspect(source, **fields)
     converted = from_pretrained(folder) if folder is not None else None
     if converted is not None and isinstance(converted[0], inspection.layout.model):
@@ -145,10 +154,19 @@ def verify_command(
             seed=seed,
             dtype=dtype,
             gradients=gradients,
+            attention=page is not None,
             **fields,
         )
     show_inspection(inspection)
     show_report(report)
+    command = shlex.join(['flax-vit', *sys.argv[1:]])
+    figures = figures_of(report, command=command, images=str(images) if images else None, converted=folder)
+    if data:
+        write_json(data, figures)
+        out.print(f'figures: {escape(str(data))}')
+    if page:
+        write_page(page, report, figures)
+        out.print(f'report:  {escape(str(page))}')
     sys.exit(RIGHT if report.right else WRONG)
 
 

@@ -41,7 +41,7 @@ def _save_pt(state_dict: dict[str, np.ndarray], path: Path) -> None:
 
     def tensor(array: np.ndarray) -> Any:
         if array.dtype.name == 'bfloat16':  # numpy's own types don't have it
-            return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-        return torch.from_numpy(array.copy())
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
 
     torch.save({name: tensor(array) for name, array in state_dict.items()}, path)

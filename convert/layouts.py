@@ -197,7 +197,7 @@ class Fit:
         for common, group in alike.items():
             lines += [f'{common} (each block #)'] if len(group) == self.depth > 1 else group
         more = [f'  ... and {len(lines) - MOST_LINES} more'] if len(lines) > MOST_LINES else []
-        return '\n'.join(lines[:MOST_LINES] + more)
+        return '\n'.join(line[:200] for line in lines[:MOST_LINES] + more)
 
 
 MOST_LINES = 24

@@ -98,7 +98,7 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
     if problems:
         raise ConversionError(f'The variables are not those of this {type(model).__name__}:\n' + '\n'.join(problems))
     rules = {path: leaf(path, np.ndim(array)) for path, array in flat.items()}
-    return {rule.name: np.ascontiguousarray(rule.to_torch(np.asarray(flat[path]))) for path, rule in rules.items()}
+    return {rule.name: np.array(rule.to_torch(np.asarray(flat[path])), order='C') for path, rule in rules.items()}
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:

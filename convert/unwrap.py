@@ -234,4 +234,5 @@ def _list(found: list[Candidate]) -> str:
 def _contents(leaves: list[Leaf]) -> str:
     names = ['.'.join((*leaf.container, leaf.name)) for leaf in leaves if isinstance(leaf.value, np.ndarray)]
     more = f' and {len(names) - 5} more' if len(names) > 5 else ''
-    return f'Its tensors are {", ".join(map(repr, names[:5]))}{more}.' if names else 'There are no tensors here.'
+    shown = ', '.join(repr(name)[:100] for name in names[:5])
+    return f'Its tensors are {shown}{more}.' if names else 'There are no tensors here.'

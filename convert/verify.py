@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,11 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from convert.causes import causes, table_causes
 from convert.conversion import Inspection, inspect, place
 from convert.params import leaf, torch_module_name
 from convert.reference import table_difference, torch_gradients, torch_module, torch_outputs
-from flax_vit import SimpleViT
+from flax_vit import DeepViT, SimpleViT
 from flax_vit.layers import pair
 
 OUTPUT_LIMIT = 1e-12  # of float64: rounding over the depth of a model; the mildest slip known is at 1e-5
@@ -49,6 +50,15 @@ class Row:
         return self.exact <= self.limit and (self.ratio <= RATIO or self.port <= self.floor)
 
 
+class Sides(NamedTuple):
+    """The same output of all that is compared, as float64."""
+
+    truth: np.ndarray  # PyTorch's in float64
+    torch: np.ndarray  # PyTorch's in the compared dtype
+    exact: np.ndarray  # the port's in float64
+    port: np.ndarray  # the port's in the compared dtype
+
+
 @dataclass(frozen=True)
 class Report:
     """What was compared, and whether the port is right."""
@@ -61,6 +71,23 @@ class Report:
     table: tuple[float, float] | None  # SimpleViT: the largest difference of the sincos tables, and what it may be
     predictions: np.ndarray  # the port's classes, in the compared dtype
     agreement: float  # the share of images for which PyTorch predicts the same
+    logits: Sides  # each (batch, classes)
+    shape: tuple[int, ...]  # of the images
+    seed: int | None  # of random images; None where images were given
+    causes: list[str]  # why the first wrong part is wrong, in words; empty when all outputs are right
+    attention: Mapping[str, tuple[np.ndarray, np.ndarray]]  # of one image: PyTorch's map and the port's, when asked for
+
+    @property
+    def criterion(self) -> str:
+        """When a port is right, in words."""
+        gradients = f', and of every gradient at most {GRADIENT_LIMIT:.0e}' if self.gradients else ''
+        text = f'right when in float64 the difference of every part is at most {OUTPUT_LIMIT:.0e}{gradients}'
+        if self.dtype != 'float64':
+            text += (
+                f', and in {self.dtype} the Flax model is at most {RATIO:.0f} times as far from the float64 truth as '
+                'PyTorch itself'
+            )
+        return f'{text}. All relative to the size of what is compared.'
 
     @property
     def right(self) -> bool:
@@ -77,6 +104,7 @@ def verify(
     seed: int = 0,
     dtype: str = 'float32',
     gradients: bool = False,
+    attention: bool = False,
     key: str | None = None,
     **overrides: Any,
 ) -> Report:
@@ -84,26 +112,26 @@ def verify(
 
     `source`, `key`, `overrides`: as of `inspect`. `converted`: the model and variables to verify; without them,
     `source` is converted. `images`: (batch, height, width, channels), float32; without them, `count` random ones.
-    `gradients` adds those of every parameter. The Flax model runs at the highest precision of matrix products.
+    `gradients` adds those of every parameter, `attention` the attention maps of the image whose logits differ most. The
+    Flax model runs at the highest precision of matrix products.
     Raises ConversionError when torch or vit-pytorch is missing.
     """
     inspection = inspect(source, key=key, **overrides)
     random = np.random.default_rng(seed)
+    given = images is not None
     if images is None:
         shape = (count, *pair(inspection.model.image_size), inspection.model.channels)
         images = random.standard_normal(shape, np.float32)
     with jax.enable_x64(True):
         model, variables = converted or (inspection.model, place(inspection))
         parts = labels(inspection.model)
-        outputs = [
-            run(images, list(parts))
-            for run in (
-                lambda *rest: torch_outputs(torch_module(inspection, 'float64'), *rest),
-                lambda *rest: torch_outputs(torch_module(inspection, dtype), *rest),
-                lambda *rest: flax_outputs(model, variables, 'float64', *rest),
-                lambda *rest: flax_outputs(model, variables, dtype, *rest),
-            )
-        ]
+        runs = (
+            lambda dtype: torch_outputs(torch_module(inspection, dtype), images, list(parts)),
+            lambda dtype: flax_outputs(model, variables, dtype, images, list(parts)),
+        )
+        exact = [run('float64') for run in runs]
+        rounded = exact if dtype == 'float64' else [run(dtype) for run in runs]
+        outputs = [exact[0], rounded[0], exact[1], rounded[1]]
         rows = [
             _row(name, label, OUTPUT_LIMIT, dtype, *(each[name] for each in outputs)) for name, label in parts.items()
         ]
@@ -121,6 +149,9 @@ def verify(
                 _row(name, f'gradient of {name}', GRADIENT_LIMIT, dtype, *(side[name] for side in sides), scale=scale)
                 for name in sides[0]
             ]
+        worst = images[rows[-1].worst[0]][None]
+        why = explain(inspection, model, variables, dtype, images, rows, outputs)
+        maps = attention_maps(inspection, model, variables, worst) if attention else {}
     predictions = outputs[3][''].argmax(axis=-1)
     return Report(
         inspection,
@@ -131,6 +162,11 @@ def verify(
         table=table_difference(model) if isinstance(model, SimpleViT) else None,
         predictions=predictions,
         agreement=float(np.mean(predictions == outputs[1][''].argmax(axis=-1))),
+        logits=Sides(*(each[''] for each in outputs)),
+        shape=images.shape,
+        seed=None if given else seed,
+        causes=why,
+        attention=maps,
     )
 
 
@@ -141,6 +177,31 @@ def labels(model: nn.Module) -> dict[str, str]:
         parts[f'transformer.layers.{block}.0'] = f'block {block} attention'
         parts[f'transformer.layers.{block}.1'] = f'block {block} feed-forward'
     return parts | {'to_latent': 'pooled features', '': 'logits' if model.num_classes else 'features'}
+
+
+def explain(
+    inspection: Inspection,
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    dtype: str,
+    images: np.ndarray,
+    rows: list[Row],
+    outputs: list[dict[str, np.ndarray]],
+) -> list[str]:
+    """Why the first wrong part is wrong, on the image where it is most so. `outputs`: the fields of Sides, by name."""
+    row = next((row for row in rows if not row.right), None)
+    if row is None:
+        table = table_difference(model) if isinstance(model, SimpleViT) else (0.0, 0.0)
+        found = table_causes(model, model.pos_embedding(), table[1]) if table[0] > table[1] else []
+        return [f'sincos table: {cause}' for cause in found]
+    sides = Sides(*(each[row.name] for each in outputs))
+    output, run_in = (sides.port, dtype) if row.exact <= row.limit else (sides.exact, 'float64')
+    worst = np.abs(output - sides.truth).reshape(len(images), -1).max(axis=1).argmax()
+    today = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}
+    truth = {name: array[worst] for name, array in outputs[0].items()}
+    truth = {name: truth[name] for name in labels(inspection.model)}  # in computing order
+    found = causes(inspection.model, today, images[worst], truth, row.name, output[worst], variables, run_in)
+    return [f'{row.label}: {cause}' for cause in found]
 
 
 def flax_outputs(
@@ -175,6 +236,36 @@ def flax_gradients(
     flat = flatten_dict(gradients(*cast((variables, images, weights), dtype))['params'])
     rules = {path: leaf(path, gradient.ndim) for path, gradient in flat.items()}
     return {rule.name: rule.to_torch(np.asarray(flat[path], np.float64)) for path, rule in rules.items()}
+
+
+def attention_maps(
+    inspection: Inspection, model: nn.Module, variables: Mapping[str, Any], image: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """PyTorch's and the port's attention maps in float64, each (heads, queries, keys): first, middle and last block.
+
+    `image`: (1, height, width, channels). DeepViT has two a block, before and after re-attention.
+    """
+    kinds = {'': ('attend', 'attend')}  # PyTorch's module that puts out the map, and ours
+    if isinstance(inspection.model, DeepViT):
+        kinds = {
+            ', before re-attention': ('dropout', 'attention_dropout'),
+            ', after re-attention': ('reattn_norm.1', 'reattn_norm.1'),  # with the heads last
+        }
+    depth = inspection.model.depth
+    names = {
+        f'block {block}{kind}': [f'transformer.layers.{block}.0.{module}' for module in modules]
+        for block in sorted({0, depth // 2, depth - 1})
+        for kind, modules in kinds.items()
+    }
+    theirs = torch_outputs(torch_module(inspection, 'float64'), image, [name for name, _ in names.values()])
+    ours = flax_outputs(model, variables, 'float64', image, [name for _, name in names.values()])
+
+    def heads_first(name: str, attention: np.ndarray) -> np.ndarray:
+        return np.moveaxis(attention[0], -1, 0) if 'norm' in name else attention[0]
+
+    return {
+        label: (heads_first(their, theirs[their]), heads_first(our, ours[our])) for label, (their, our) in names.items()
+    }
 
 
 def cast(tree: Any, dtype: str) -> Any:

@@ -78,9 +78,10 @@ def softmax(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
 
 def sequential(layers: Sequence[Any], x: Shaped[Array | np.ndarray, '...'], *, train: bool) -> Float[Array, '...']:
     """`torch.nn.Sequential`: the layers in turn; Dropout acts in training only."""
+    result: Any = x
     for layer in layers:
-        x = layer(x, deterministic=not train) if isinstance(layer, nn.Dropout) else layer(x)
-    return x
+        result = layer(result, deterministic=not train) if isinstance(layer, nn.Dropout) else layer(result)
+    return result
 
 
 def uniform(bound: float) -> Initializer:

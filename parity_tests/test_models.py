@@ -107,7 +107,7 @@ def test_both_orders_of_the_axes_give_the_same(name: str) -> None:
 def test_numpy_images(name: str) -> None:
     _, model, variables = converted(CONFIGURATIONS[name], torch.float32)
     images = random_images(CONFIGURATIONS[name]).astype(np.float32)
-    assert np.array_equal(model.apply(variables, images), model.apply(variables, jnp.asarray(images)))
+    np.testing.assert_array_equal(model.apply(variables, images), model.apply(variables, jnp.asarray(images)))
 
 
 @pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])

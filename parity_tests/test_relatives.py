@@ -246,6 +246,8 @@ def test_what_nothing_tells_is_shown() -> None:
         "This is no SimpleViT or DeepViT of vit-pytorch. Its tensors are 'net.a.weight', 'net.b.weight', "
         "'net.c.0.weight', 'net.d', 'net.e' and 2 more."
     )
+    assert len(refusal({'x.' * 100_000: np.ones(1)})) < 300
+    assert len(refusal({'cls_token': np.ones((1, 1, 4)), 'x.' * 100_000: np.ones(1)})) < 5000
     assert refusal({'epoch': 3}) == 'This is no SimpleViT or DeepViT of vit-pytorch. There are no tensors here.'
 
 
