@@ -11,10 +11,22 @@ import rich_click as click
 from rich.markup import escape
 
 from convert.conversion import inspect, place, provenance
-from convert.display import err, out, show_converted, show_inspection, show_plan, show_report, track
+from convert.display import (
+    err,
+    out,
+    show_comparison,
+    show_converted,
+    show_inspection,
+    show_plan,
+    show_report,
+    show_rows,
+    track,
+    verdict,
+)
 from convert.export import export
 from convert.images import load_images
-from convert.report import check_target, figures_of, write_json, write_page
+from convert.outputs import compare_outputs, golden_of, load_outputs, recheck
+from convert.report import certificate, check_target, figures_of, write_json, write_page
 from convert.verify import verify
 from flax_vit import __version__, from_pretrained, save_pretrained
 from flax_vit.pretrained import read_config
@@ -75,12 +87,12 @@ def inspect_command(source: str, **options: Any) -> None:
     CHECKPOINT is a file (.pt, .pth, .safetensors, …: the content tells) or a folder that holds one, or a folder that
     `convert` wrote.
     """
-    try:
+    if is_converted(source):
         show_converted(read_config(source))
-    except (OSError, ValueError):  # not a folder that `convert` wrote
-        inspection = inspect(source, **given(options))
-        show_inspection(inspection)
-        show_plan(inspection)
+        return
+    inspection = inspect(source, **given(options))
+    show_inspection(inspection)
+    show_plan(inspection)
 
 
 @cli.command('convert')
@@ -88,15 +100,31 @@ def inspect_command(source: str, **options: Any) -> None:
 @click.argument('folder', metavar='OUT', type=click.Path(path_type=Path))
 @model_options
 @click.option('--param-dtype', help='Cast the parameters, say to bfloat16; without it they keep their bits.')
-def convert_command(source: str, folder: Path, **options: Any) -> None:
-    """Convert CHECKPOINT to the folder OUT, for flax_vit.from_pretrained(OUT); no torch is needed for that."""
-    inspection = inspect(source, **given(options))
+@click.option(
+    '--verify', 'proven', is_flag=True, help="Verify first, and keep PyTorch's outputs in OUT to check it by, anywhere."
+)
+def convert_command(source: str, folder: Path, proven: bool, **options: Any) -> None:
+    """Convert CHECKPOINT to the folder OUT, for flax_vit.from_pretrained(OUT); no torch is needed for that.
+
+    With --verify, which needs torch and vit-pytorch, `flax-vit verify OUT` later checks OUT without either.
+    """
+    fields = given(options)
+    inspection = inspect(source, **fields)
     variables = place(inspection, track=track)
-    save_pretrained(folder, inspection.model, variables, source=provenance(inspection))
+    facts, golden = provenance(inspection), None
+    if proven:
+        with err.status('Running PyTorch and Flax, in float64 and float32 …'):
+            report = verify(source, converted=(inspection.model, variables), count=4, **fields)
+        show_report(report)
+        if not report.right:
+            sys.exit(WRONG)
+        facts, golden = facts | {'verified': certificate(report)}, golden_of(report)
+    save_pretrained(folder, inspection.model, variables, source=facts, golden=golden)
     show_inspection(inspection)
     out.print(f'[green]Converted[/] to {escape(str(folder))}')
     out.print(f'use it:   model, variables = flax_vit.from_pretrained({escape(repr(str(folder)))})')
-    out.print(f'prove it: flax-vit verify {escape(shlex.join([source, str(folder)]))}')
+    proof = [str(folder)] if proven else [source, str(folder)]
+    out.print(f'prove it: flax-vit verify {escape(shlex.join(proof))}')
 
 
 @cli.command('verify')
@@ -114,6 +142,11 @@ def convert_command(source: str, folder: Path, **options: Any) -> None:
     help='Compared beside float64, where the port may be 3 times as far from the truth as PyTorch.',
 )
 @click.option('--gradients', is_flag=True, help='Compare the gradient of every parameter, too.')
+@click.option(
+    '--reference',
+    type=click.Path(path_type=Path),
+    help='An .npz with images and logits that your PyTorch model gave, to compare with instead; no torch is needed.',
+)
 @click.option('--report', 'page', type=click.Path(dir_okay=False, path_type=Path), help='Write an HTML page of it all.')
 @click.option(
     '--json', 'data', type=click.Path(dir_okay=False, path_type=Path), help='Write the figures, for machines.'
@@ -126,6 +159,7 @@ def verify_command(
     seed: int,
     dtype: str,
     gradients: bool,
+    reference: Path | None,
     page: Path | None,
     data: Path | None,
     **options: Any,
@@ -134,8 +168,22 @@ def verify_command(
 
     With OUT, the folder that `convert` wrote is what gets verified; its fields are used where none are given. Needs
     torch and vit-pytorch: pip install 'flax-vit[torch]'. The exit status is 0 when the port is right, 1 when not.
+
+    Without torch: give OUT alone, if `convert --verify` wrote it; or outputs of your own model with --reference, which
+    also tells when heads or pool were assumed wrongly.
     """
     fields = given(options)
+    if reference is not None:
+        images_given, outputs = load_outputs(reference)
+        model, variables = load_port(source, folder, fields)
+        comparison = compare_outputs(model, variables, images_given, outputs)
+        show_comparison(comparison)
+        sys.exit(RIGHT if comparison.right else WRONG)
+    if is_converted(source):
+        row = recheck(Path(source))
+        show_rows([row], 'float32')
+        out.print(verdict(row.right))
+        sys.exit(RIGHT if row.right else WRONG)
     for target in filter(None, (page, data)):
         check_target(target, page=target == page)
     inspection = inspect(source, **fields)
@@ -190,6 +238,23 @@ def demo_command() -> None:
     from convert.demo import demo
 
     sys.exit(RIGHT if demo() else WRONG)
+
+
+def is_converted(source: str) -> bool:
+    """Whether `source` is a folder that `convert` wrote."""
+    try:
+        read_config(source)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def load_port(source: str, folder: Path | None, fields: dict[str, Any]) -> tuple[Any, Any]:
+    """The model and variables of the folder, or of the source, which may be such a folder or a checkpoint."""
+    if folder is not None or is_converted(source):
+        return from_pretrained(folder or source)
+    inspection = inspect(source, **fields)
+    return inspection.model, place(inspection)
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from convert.conversion import Inspection
+from convert.outputs import Comparison
 from convert.verify import Report, Row
 
 # Where the output is no terminal, the tables' long names would be cut at 80 columns.
@@ -55,25 +56,28 @@ def show_converted(config: Mapping[str, Any]) -> None:
     """What a folder that `convert` wrote holds, and where it comes from."""
     fields = ', '.join(f'{name}={value!r}' for name, value in config['fields'].items() if value is not None)
     _show_facts({'model': config['model'], 'fields': fields, 'sha256 of the weights': config['weights']['sha256']})
-    for name, value in (config['source'] or {}).items():
+    source = config['source'] or {}
+    if 'verified' in source:
+        source = source | {'verified': f'{source["verified"]["time"]}: {source["verified"]["verdict"]}'}
+    for name, value in source.items():
         shown = ', '.join(f'{key}: {item}' for key, item in value.items()) if isinstance(value, dict) else str(value)
         _show_facts({f'source: {name}': shown})
 
 
 def show_report(report: Report) -> None:
     """The errors of every part, and the verdict."""
-    _show_rows(report.rows, report.dtype)
+    show_rows(report.rows, report.dtype)
     if report.gradients:
         shown = [row for row in report.gradients if not row.right]
         shown = shown or sorted(report.gradients, key=lambda row: -row.exact)[:5]
         out.print(f'\ngradients of {len(report.gradients)} parameters; the {len(shown)} furthest apart:')
-        _show_rows(shown, report.dtype)
+        show_rows(shown, report.dtype)
     if report.table is not None:
         difference, limit = report.table
         out.print(f"sincos table: at most {difference:.1e} from PyTorch's own on this machine (limit {limit:.1e})")
     out.print(f'same prediction in {report.dtype}: {report.agreement:.2%} of {report.images} images')
     if report.right:
-        out.print('[green]RIGHT[/]: the Flax model computes what PyTorch does.')
+        out.print(verdict(report.right))
     else:
         wrong = [row for row in report.rows + report.gradients if not row.right]
         first = f'{wrong[0].label}, most at {list(wrong[0].worst)}' if wrong else 'the sincos table'
@@ -83,7 +87,27 @@ def show_report(report: Report) -> None:
     out.print(f'[dim]A port is {report.criterion}[/]')
 
 
-def _show_rows(rows: list[Row], dtype: str) -> None:
+def show_comparison(comparison: Comparison) -> None:
+    """How far the port is from saved outputs, and the verdict."""
+    out.print(
+        f'the saved outputs are {comparison.difference:.1e} from the Flax model in float64; rounding explains '
+        f'{comparison.limit:.1e}'
+    )
+    out.print(f'same prediction: {comparison.agreement:.2%} of {comparison.images} images')
+    out.print(verdict(comparison.right))
+    for cause in comparison.causes:
+        out.print(escape(f'  {cause}'))
+
+
+def verdict(right: bool) -> str:
+    """In a word and a sentence."""
+    if right:
+        return '[green]RIGHT[/]: the Flax model computes what PyTorch does.'
+    return '[red]WRONG[/]: the Flax model does not compute what PyTorch does.'
+
+
+def show_rows(rows: list[Row], dtype: str) -> None:
+    """The errors of these parts."""
     table = Table(box=None, pad_edge=False)
     table.add_column('part')
     headings = ['float64: Flax - PyTorch']

@@ -120,7 +120,7 @@ def figures_of(
             'dtype': report.dtype,
             'precision': 'highest',
             'images': report.images,
-            'shape': list(report.shape),
+            'shape': list(report.inputs.shape),
             'seed': report.seed,
             'from': images or ('the caller' if report.seed is None else 'standard normal'),
             'devices': [f'{device.platform}: {device.device_kind}' for device in jax.devices()],
@@ -144,6 +144,12 @@ def figures_of(
             'torch': float(abs(theirs - truth).max()),
         },
     }
+
+
+def certificate(report: Report) -> dict[str, Any]:
+    """The figures of a report that are kept with the converted weights."""
+    figures = figures_of(report)
+    return {name: figures[name] for name in ('time', 'verdict', 'criterion', 'run', 'parts', 'table', 'logits')}
 
 
 def _row(row: Row) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Report:
     predictions: np.ndarray  # the port's classes, in the compared dtype
     agreement: float  # the share of images for which PyTorch predicts the same
     logits: Sides  # each (batch, classes)
-    shape: tuple[int, ...]  # of the images
+    inputs: np.ndarray  # the images
     seed: int | None  # of random images; None where images were given
     causes: list[str]  # why the first wrong part is wrong, in words; empty when all outputs are right
     attention: Mapping[str, tuple[np.ndarray, np.ndarray]]  # of one image: PyTorch's map and the port's, when asked for
@@ -133,7 +133,8 @@ def verify(
         rounded = exact if dtype == 'float64' else [run(dtype) for run in runs]
         outputs = [exact[0], rounded[0], exact[1], rounded[1]]
         rows = [
-            _row(name, label, OUTPUT_LIMIT, dtype, *(each[name] for each in outputs)) for name, label in parts.items()
+            compare(name, label, OUTPUT_LIMIT, dtype, *(each[name] for each in outputs))
+            for name, label in parts.items()
         ]
         gradient_rows = []
         if gradients:
@@ -146,7 +147,9 @@ def verify(
             ]
             scale = SMALLEST * max(np.abs(gradient).max() for gradient in sides[0].values())
             gradient_rows = [
-                _row(name, f'gradient of {name}', GRADIENT_LIMIT, dtype, *(side[name] for side in sides), scale=scale)
+                compare(
+                    name, f'gradient of {name}', GRADIENT_LIMIT, dtype, *(side[name] for side in sides), scale=scale
+                )
                 for name in sides[0]
             ]
         worst = images[rows[-1].worst[0]][None]
@@ -163,7 +166,7 @@ def verify(
         predictions=predictions,
         agreement=float(np.mean(predictions == outputs[1][''].argmax(axis=-1))),
         logits=Sides(*(each[''] for each in outputs)),
-        shape=images.shape,
+        inputs=images,
         seed=None if given else seed,
         causes=why,
         attention=maps,
@@ -273,7 +276,11 @@ def cast(tree: Any, dtype: str) -> Any:
     return jax.tree.map(lambda array: jnp.asarray(array, dtype), tree)
 
 
-def _row(name: str, label: str, limit: float, dtype: str, *outputs: np.ndarray, scale: float = 0.0) -> Row:
+def compare(name: str, label: str, limit: float, dtype: str, *outputs: np.ndarray, scale: float = 0.0) -> Row:
+    """The row of an output, given PyTorch's in float64 and in `dtype`, the port's in float64 and in `dtype`.
+
+    Errors are relative to the output's size, or to `scale` where that is more.
+    """
     truth, theirs, exact, ours = outputs
     difference = np.abs(exact - truth)
     worst = tuple(int(index) for index in np.unravel_index(difference.argmax(), difference.shape))

@@ -24,14 +24,21 @@ from flax_vit.simple_vit import SimpleViT
 
 FORMAT = 'flax_vit 1'
 MODELS: Mapping[str, type[nn.Module]] = {'DeepViT': DeepViT, 'SimpleViT': SimpleViT}
+GOLDEN = 'golden/'  # begins the names of arrays that are no parameters
 PARTIAL = '.incomplete'  # ends the name of a file that is being written
 
 
 def save_pretrained(
-    folder: str | os.PathLike[str], model: nn.Module, variables: Mapping[str, Any], *, source: Any = None
+    folder: str | os.PathLike[str],
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    *,
+    source: Any = None,
+    golden: Mapping[str, np.ndarray] | None = None,
 ) -> None:
-    """Write `model` and `variables` to `folder`; `source` (JSON) says where they come from, and is kept with them.
+    """Write `model` and `variables` to `folder`, for `from_pretrained`.
 
+    Kept with them: `source` (JSON), which says where they come from, and `golden`, arrays to check the model by.
     The configuration names the file of the weights and is replaced last, at once: whenever this is interrupted, the
     folder holds the old model or the new one. Raises ValueError when the variables are not the model's, and when the
     folder holds anything else than such a model.
@@ -48,8 +55,9 @@ def save_pretrained(
 
     folder.mkdir(parents=True, exist_ok=True)
     new = folder / 'model-new.safetensors'
+    arrays = flat | {f'{GOLDEN}{name}': array for name, array in (golden or {}).items()}
     with appearing_whole(new) as partial:
-        save_file({path: np.ascontiguousarray(array) for path, array in flat.items()}, partial)
+        save_file({path: np.ascontiguousarray(array) for path, array in arrays.items()}, partial)
     digest = _sha256(new)
     weights = new.replace(folder / f'model-{digest[:12]}.safetensors')
     config = {
@@ -85,7 +93,7 @@ def from_pretrained(folder: str | os.PathLike[str], **overrides: Any) -> tuple[n
     if _sha256(weights) != config['weights']['sha256']:
         raise ValueError(f'{weights} is damaged: its sha256 is not the one in config.json.')
     with safetensors.safe_open(weights, framework='flax') as file:
-        slices = {path: file.get_slice(path) for path in file.keys()}  # noqa: SIM118
+        slices = {path: file.get_slice(path) for path in file.keys() if not path.startswith(GOLDEN)}  # noqa: SIM118
         _check(model, {path: tuple(part.get_shape()) for path, part in slices.items()}, str(weights))
         wide = any(part.get_dtype() == 'F64' for part in slices.values())
         if wide and 'param_dtype' not in overrides and not jax.config.read('jax_enable_x64'):
@@ -98,6 +106,14 @@ def from_pretrained(folder: str | os.PathLike[str], **overrides: Any) -> tuple[n
         dtype = model.param_dtype if 'param_dtype' in overrides else None
         flat = {tuple(path.split('/')): jnp.asarray(file.get_tensor(path), dtype) for path in slices}
     return model, unflatten_dict(flat)
+
+
+def read_golden(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The arrays that were kept to check the model in a folder by; none, when none were. Errors as of `read_config`."""
+    weights = Path(folder) / read_config(folder)['weights']['file']
+    with safetensors.safe_open(weights, framework='np') as file:
+        names = [name for name in file.keys() if name.startswith(GOLDEN)]  # noqa: SIM118
+        return {name.removeprefix(GOLDEN): file.get_tensor(name) for name in names}
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from vit_pytorch import deepvit
+from vit_pytorch import deepvit, simple_vit
 
 import convert.demo
 from convert.cli import main
@@ -197,3 +197,38 @@ def test_it_is_also_a_module(tmp_path: pathlib.Path) -> None:
     command = [sys.executable, '-m', 'convert', 'convert', str(DIGITS / 'deep_vit.pt'), 'out', '--channels', '1']
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert isinstance(from_pretrained(tmp_path / 'out')[0], DeepViT)
+
+
+def test_a_certified_folder_proves_itself(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, printed, _ = flax_vit('convert', 'simple_vit.pt', 'out', *FIELDS, '--verify')
+    assert (status, 'prove it: flax-vit verify out\n' in printed) == (0, True)
+    monkeypatch.setitem(sys.modules, 'vit_pytorch', None)
+    status, printed, _ = flax_vit('verify', 'out')
+    assert (status, 'RIGHT' in printed) == (0, True)
+    status, printed, _ = flax_vit('inspect', 'out')
+    assert 'the Flax model computes what PyTorch does' in printed
+    assert flax_vit('convert', 'simple_vit.pt', 'plain', *FIELDS)[0] == 0
+    status, _, complaint = flax_vit('verify', 'plain')
+    assert (status, 'convert with --verify' in complaint) == (2, True)
+
+
+def test_what_is_wrong_gets_no_certificate(flax_vit: Run) -> None:
+    status, printed, _ = flax_vit('convert', 'simple_vit.pt', 'out', *FIELDS, '--verify', '--param-dtype', 'bfloat16')
+    assert (status, 'rounded to bfloat16' in ' '.join(printed.split())) == (1, True)
+    assert not pathlib.Path('out').exists()
+
+
+def test_saved_outputs_catch_wrong_heads(flax_vit: Run) -> None:
+    images = convert.demo.digits()[2][:40].transpose(0, 3, 1, 2)
+    module = simple_vit.SimpleViT(
+        image_size=8, patch_size=4, channels=1, num_classes=10, dim=48, depth=4, heads=3, dim_head=16, mlp_dim=96
+    )
+    module.load_state_dict(load_file('simple_vit.safetensors'))
+    with torch.no_grad():
+        np.savez('outputs.npz', images=images, logits=module(torch.from_numpy(images)).numpy())
+    assert flax_vit('verify', 'simple_vit.pt', *FIELDS, '--reference', 'outputs.npz')[0] == 0
+    wrong = ['--image-size', '8', '--patch-size', '4', '--heads', '4']
+    status, printed, _ = flax_vit('verify', 'simple_vit.pt', *wrong, '--reference', 'outputs.npz')
+    assert (status, 'matches if heads=3 instead of 4' in printed) == (1, True)
+    assert flax_vit('convert', 'simple_vit.pt', 'out', *wrong)[0] == 0
+    assert flax_vit('verify', 'out', '--reference', 'outputs.npz')[0] == 1
