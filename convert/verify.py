@@ -198,6 +198,8 @@ def explain(
         found = table_causes(model, model.pos_embedding(), table[1]) if table[0] > table[1] else []
         return [f'sincos table: {cause}' for cause in found]
     sides = Sides(*(each[row.name] for each in outputs))
+    if not np.isfinite(sides.truth).all():
+        return [f"{row.label}: PyTorch's own output is not finite; the weights or the images hold NaN or infinity"]
     output, run_in = (sides.port, dtype) if row.exact <= row.limit else (sides.exact, 'float64')
     worst = np.abs(output - sides.truth).reshape(len(images), -1).max(axis=1).argmax()
     today = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}

@@ -32,7 +32,7 @@ import convert
 import flax_vit.deep_vit
 import flax_vit.layers
 import flax_vit.simple_vit
-from convert import causes, params
+from convert import causes, mistakes, params, parts
 from convert.reference import torch_module, torch_outputs
 from convert.verify import Report, labels, verify
 from flax_vit import SimpleViT
@@ -342,8 +342,8 @@ def assert_parts_right(
 ) -> None:
     truth = {part: outputs[part][0] for part in labels(model)}
     for part, expected in truth.items():
-        way = causes.right_way(model, tensors, part)
-        found = way.compute(part, causes.part_inputs(way, image, truth, part))
+        way = parts.right_way(model, tensors, part)
+        found = way.compute(part, parts.part_inputs(way, image, truth, part))
         assert causes.error(found, expected) <= 1e-12, part
 
 
@@ -386,10 +386,10 @@ def test_mistakes_differ(configuration: Configuration, float64: None) -> None:
     tensors = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
     truth = {part: outputs[part][0] for part in labels(model)}
     for part in truth:
-        way = causes.right_way(model, tensors, part)
-        inputs = causes.part_inputs(way, images[0], truth, part)
+        way = parts.right_way(model, tensors, part)
+        inputs = parts.part_inputs(way, images[0], truth, part)
         results = {'PyTorch': way.compute(part, inputs)}
-        for mistake in causes.mistakes(way, part, len(truth[part])):
+        for mistake in mistakes.mistakes(way, part, len(truth[part])):
             result = mistake.applied(way).compute(part, inputs)
             same = [words for words, other in results.items() if causes.error(result, other) <= causes.FITS]
             assert same == [], (part, mistake.words)
@@ -399,14 +399,14 @@ def test_mistakes_differ(configuration: Configuration, float64: None) -> None:
 def test_tf32_keeps_ten_bits() -> None:
     x = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
     expected = np.asarray(jax.lax.reduce_precision(jnp.asarray(x), 8, 10))
-    np.testing.assert_array_equal(causes.to_tf32(x), expected)
-    np.testing.assert_array_equal(causes.ROUNDINGS['bfloat16'](x), x.astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(parts.to_tf32(x), expected)
+    np.testing.assert_array_equal(parts.ROUNDINGS['bfloat16'](x), x.astype(ml_dtypes.bfloat16))
 
 
 def test_sincos_is_the_table() -> None:
     height, width, dim = 5, 7, 24
     table = flax_vit.simple_vit.posemb_sincos_2d(height, width, dim)
-    assert np.abs(causes.sincos(height, width, dim // 4, dim // 4 - 1) - table).max() <= 7 * 2.0**-23
+    assert np.abs(mistakes.sincos(height, width, dim // 4, dim // 4 - 1) - table).max() <= 7 * 2.0**-23
 
 
 def test_table_in_the_docs_has_every_slip() -> None:

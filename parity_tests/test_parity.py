@@ -69,10 +69,10 @@ def test_configurations_drawn_at_random(seed: int, float64: None) -> None:
     check(gradient_errors(module, model, variables, images), GRADIENT_BOUND)
 
 
-def check_rounding(name: str, dtype: torch.dtype) -> None:
+def check_rounding(configuration: Configuration, dtype: torch.dtype) -> None:
     # the modules as they come, each with its own sincos table; 16 images, for errors that chance does not decide
-    module, model, variables = converted(CONFIGURATIONS[name], dtype)
-    images = channels_first(random_images(CONFIGURATIONS[name], batch=16), dtype)
+    module, model, variables = converted(configuration, dtype)
+    images = channels_first(random_images(configuration, batch=16), dtype)
     truth = to_numpy(copy.deepcopy(module).double()(images.double()))
     logits = np.asarray(jax.jit(model.apply)(variables, to_numpy(images)))
     theirs = to_numpy(module(images))
@@ -82,18 +82,24 @@ def check_rounding(name: str, dtype: torch.dtype) -> None:
 
 @every_configuration
 def test_rounding_in_float32(name: str) -> None:
-    check_rounding(name, torch.float32)
+    check_rounding(CONFIGURATIONS[name], torch.float32)
 
 
 @pytest.mark.parametrize('kind', ['plain', 'wide', 'twelve-layers'])
 @pytest.mark.parametrize('model', ['deep', 'simple'])
 def test_rounding_in_bfloat16(model: str, kind: str) -> None:
-    check_rounding(f'{model}-{kind}', torch.bfloat16)
+    check_rounding(CONFIGURATIONS[f'{model}-{kind}'], torch.bfloat16)
+
+
+@both_models
+def test_rounding_in_bfloat16_at_depth_32(name: str) -> None:
+    configuration = CONFIGURATIONS[name]
+    check_rounding(replace(configuration, fields={**configuration.fields, 'depth': 32}), torch.bfloat16)
 
 
 @both_models
 def test_rounding_in_float16(name: str) -> None:
-    check_rounding(name, torch.float16)
+    check_rounding(CONFIGURATIONS[name], torch.float16)
 
 
 @both_models

@@ -1,0 +1,184 @@
+"""The parts of both models once more, in plain numpy and float64, with what people get wrong as arguments."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import ml_dtypes
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from scipy.special import erf
+
+from flax_vit import SimpleViT
+from flax_vit.layers import pair
+
+
+def to_tf32(x: np.ndarray) -> np.ndarray:
+    """Round to the 10 bits behind the point that the products of a tensor core keep, ties to even."""
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    'float64': lambda x: x,
+    'float32': lambda x: x.astype(np.float32),
+    'TF32': to_tf32,
+    'bfloat16': lambda x: x.astype(ml_dtypes.bfloat16),
+    'float16': lambda x: x.astype(np.float16),
+}
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    'erf': lambda x: x * (1 + erf(x / np.sqrt(2))) / 2,
+    'tanh': lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+    'sigmoid': lambda x: x / (1 + np.exp(-1.702 * x)),
+    'relu': lambda x: np.maximum(x, 0),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to compute the parts of a model for one image, in float64. The defaults are PyTorch's."""
+
+    model: nn.Module
+    tensors: Mapping[str, np.ndarray]  # PyTorch's names and shapes; also a SimpleViT's 'pos_embedding'
+    heads: int
+    cut: str = '(h p1) (w p2) c -> (h w) (p1 p2 c)'
+    class_token: str = 'first'
+    epsilons: Mapping[str, float] = field(default_factory=dict)  # of the norms where it is not 1e-5
+    variance: str = 'two-pass'
+    statistics: str = 'float64'  # of the norms
+    left_out: frozenset[str] = frozenset()  # norms, 'residual', 're-attention'
+    softmax: str = 'float64'
+    softmax_axis: int = -1  # of heads, queries, keys
+    reattention_axis: int = 0
+    join: str = 'n (h d)'
+    activation: str = 'erf'
+    final_norm: str | None = None  # its name, None: no norm here
+    norm_when: str = 'before'  # pooling
+    pool: str = 'mean'
+    products: str = 'float64'  # what the inputs of matrix products are rounded to
+
+    def compute(self, part: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
+        """The output of the part that PyTorch calls so; `inputs` as `part_inputs` gives them."""
+        if 'residual' in self.left_out:
+            inputs = inputs[-1:]
+        x = sum(inputs[1:], start=inputs[0])
+        if part.startswith('to_patch_embedding'):
+            return self.patch_embedding(x)
+        if part == 'to_latent':
+            return self.pooled(x)
+        if part == '':
+            return self.logits(x)
+        if part == 'transformer.layers.0.0':
+            x = self.embedded(x)
+        return self.attention(x, part) if part.endswith('.0') else self.feed_forward(x, part)
+
+    def patch_embedding(self, image: np.ndarray) -> np.ndarray:
+        """(height, width, channels) -> (tokens, dim)."""
+        rows, columns = pair(self.model.patch_size)
+        x = rearrange(image, self.cut, p1=rows, p2=columns)
+        if not self.model.patch_norm:
+            return self.linear(x, 'to_patch_embedding.1')
+        x = self.linear(self.norm(x, 'to_patch_embedding.1'), 'to_patch_embedding.2')
+        return self.norm(x, 'to_patch_embedding.3')
+
+    def embedded(self, x: np.ndarray) -> np.ndarray:
+        """The tokens with the class token and their positions."""
+        if 'cls_token' in self.tensors:
+            tokens = [self.tensors['cls_token'][0], x]
+            x = np.concatenate(tokens if self.class_token == 'first' else tokens[::-1])
+        return x + self.tensors['pos_embedding'].reshape(-1, x.shape[1])[: len(x)]
+
+    def attention(self, x: np.ndarray, name: str) -> np.ndarray:
+        qkv = self.linear(self.norm(x, f'{name}.norm'), f'{name}.to_qkv')
+        q, k, v = rearrange(qkv, 'n (qkv h d) -> qkv h n d', qkv=3, h=self.heads)
+        dots = self.product(q, k.swapaxes(1, 2)) * q.shape[-1] ** -0.5
+        rounded = ROUNDINGS[self.softmax](dots)
+        attn = np.exp(rounded - rounded.max(axis=self.softmax_axis, keepdims=True))
+        attn = np.asarray(attn / attn.sum(axis=self.softmax_axis, keepdims=True), np.float64)
+        if f'{name}.reattn_weights' in self.tensors and 're-attention' not in self.left_out:
+            mix = self.tensors[f'{name}.reattn_weights']
+            attn = np.moveaxis(self.product(np.moveaxis(attn, 0, -1), mix), -1, 0)
+            last = np.moveaxis(attn, self.reattention_axis, -1)
+            attn = np.moveaxis(self.norm(last, f'{name}.reattn_norm.1'), -1, self.reattention_axis)
+        out = self.product(attn, v)
+        joined = out.reshape(len(x), -1) if self.join == 'reshape' else rearrange(out, f'h n d -> {self.join}')
+        return self.linear(joined, f'{name}.to_out' if isinstance(self.model, SimpleViT) else f'{name}.to_out.0')
+
+    def feed_forward(self, x: np.ndarray, name: str) -> np.ndarray:
+        last = 3 if isinstance(self.model, SimpleViT) else 4  # DeepViT has a Dropout in between
+        x = ACTIVATIONS[self.activation](self.linear(self.norm(x, f'{name}.net.0'), f'{name}.net.1'))
+        return self.linear(x, f'{name}.net.{last}')
+
+    def pooled(self, x: np.ndarray) -> np.ndarray:
+        if self.final_norm and self.norm_when == 'before':
+            x = self.norm(x, self.final_norm)
+        x = {'cls': x[:1], 'mean': x, 'last': x[-1:], 'mean of the others': x[1:]}[self.pool].mean(axis=0)
+        return self.norm(x, self.final_norm) if self.final_norm and self.norm_when == 'after' else x
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        if not self.model.num_classes:
+            return x
+        if 'linear_head.weight' in self.tensors:
+            return self.linear(x, 'linear_head')
+        head = 'linear_head' if isinstance(self.model, SimpleViT) else 'mlp_head'
+        return self.linear(self.norm(x, f'{head}.0'), f'{head}.1')
+
+    def linear(self, x: np.ndarray, name: str) -> np.ndarray:
+        return self.product(x, self.tensors[f'{name}.weight'].T) + self.tensors.get(f'{name}.bias', 0.0)
+
+    def product(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        a, b = (np.asarray(ROUNDINGS[self.products](x), np.float64) for x in (a, b))
+        return a @ b
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        if name in self.left_out:
+            return x
+        rounded = ROUNDINGS[self.statistics](x)
+        mean = rounded.mean(axis=-1, keepdims=True)
+        if self.variance == 'fast':
+            variance = np.maximum((rounded * rounded).mean(axis=-1, keepdims=True) - mean * mean, 0)
+        else:
+            variance = rounded.var(axis=-1, keepdims=True, ddof=1 if self.variance == 'unbiased' else 0)
+        normalised = (rounded - mean) / np.sqrt(variance + self.epsilons.get(name, 1e-5))
+        return normalised * self.tensors[f'{name}.weight'] + self.tensors[f'{name}.bias']
+
+
+def right_way(model: nn.Module, tensors: Mapping[str, np.ndarray], part: str) -> Way:
+    """PyTorch's way, with the tensors that the part and the tokens before it need."""
+    needed = (*owned(part), 'pos_embedding', 'cls_token')
+    if part == 'to_latent':
+        needed += ('mlp_head.0.', 'linear_head.0.')  # the norms that may be taken before pooling by mistake
+    exact = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items() if name.startswith(needed)}
+    if isinstance(model, SimpleViT):
+        exact['pos_embedding'] = np.asarray(model.pos_embedding(), np.float64)
+        final_norm = None if model.norm_after_mean else 'transformer.norm'
+        return Way(model, exact, model.heads, final_norm=final_norm)
+    return Way(model, exact, model.heads, pool=model.pool)
+
+
+def part_inputs(way: Way, image: np.ndarray, outputs: Mapping[str, np.ndarray], part: str) -> list[np.ndarray]:
+    """What a part takes, as the addends of the residual stream, the output of the part before it last.
+
+    `image`: (height, width, channels); `outputs`: PyTorch's of the earlier parts, in computing order. Of the first
+    block it is the patch embedding alone: class token and positions count as the first attention's.
+    """
+    before = list(outputs)[: list(outputs).index(part)]
+    if not before:
+        return [np.asarray(image, np.float64)]
+    if part == '' or len(before) == 1:
+        return [outputs[before[-1]]]
+    return [way.embedded(outputs[before[0]]), *(outputs[name] for name in before[1:])]
+
+
+def owned(part: str) -> tuple[str, ...]:
+    """The beginnings of the names of the parameters that a part depends on."""
+    if part.startswith('to_patch_embedding'):
+        return ('to_patch_embedding.',)
+    positions = ('pos_embedding', 'cls_token') if part == 'transformer.layers.0.0' else ()
+    ends = {'to_latent': ('transformer.norm.',), '': ('mlp_head.', 'linear_head.')}
+    return ends.get(part, (f'{part}.', *positions))
+
+
+def short(name: str, part: str) -> str:
+    """A parameter's name as one says it within its block."""
+    return name.removeprefix(f'{part}.') if part.startswith('transformer') else name
