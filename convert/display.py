@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
@@ -72,6 +73,8 @@ def show_report(report: Report) -> None:
         shown = shown or sorted(report.gradients, key=lambda row: -row.exact)[:5]
         out.print(f'\ngradients of {len(report.gradients)} parameters; the {len(shown)} furthest apart:')
         show_rows(shown, report.dtype)
+    if jax.default_backend() != 'cpu':
+        out.print(f'on {jax.devices()[0].device_kind}, asking for the highest precision of matrix products')
     if report.table is not None:
         difference, limit = report.table
         out.print(f"sincos table: at most {difference:.1e} from PyTorch's own on this machine (limit {limit:.1e})")

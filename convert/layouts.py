@@ -201,6 +201,7 @@ class Fit:
 
 
 MOST_LINES = 24
+MOST_BLOCKS = 1000
 
 
 def fit(layout: Layout, shapes: Shapes, *, head: bool = True) -> Fit:
@@ -222,7 +223,8 @@ def fit(layout: Layout, shapes: Shapes, *, head: bool = True) -> Fit:
     expected = {
         wanted.replace('#', str(number)): tuple(axis.size(sizes) for axis in axes[wanted])
         for wanted in axes
-        for number in range(max(depth, 1) if '#' in wanted else 1)  # a model without a block is none of ours
+        # a model without a block is none of ours, nor one with more than anybody trained (as a hostile file may have)
+        for number in range(min(max(depth, 1), MOST_BLOCKS) if '#' in wanted else 1)
     }
     found_shapes = {name: tuple(shapes[name]) for name in patterns}
     problems = differences(expected, found_shapes)

@@ -1,5 +1,6 @@
 """What the port is measured against: vit-pytorch's own modules, every parameter random, and the measures themselves."""
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -238,6 +239,18 @@ def rounding_ratio(port: np.ndarray, pytorch: np.ndarray, truth: np.ndarray) -> 
     """
     floor = rms(truth) * float(jnp.finfo(pytorch.dtype).eps) / 2
     return rms(port.astype(np.float64) - truth) / max(rms(pytorch.astype(np.float64) - truth), floor)
+
+
+def rounding_error(configuration: Configuration, dtype: torch.dtype) -> float:
+    """`rounding_ratio` of the logits in `dtype`: the modules as they come, each with its own sincos table."""
+    module, model, variables = converted(configuration, dtype)
+    # 16 images, for errors that chance does not decide
+    images = channels_first(random_images(configuration, batch=16), dtype)
+    truth = to_numpy(copy.deepcopy(module).double()(images.double()))
+    logits = np.asarray(jax.jit(model.apply)(variables, to_numpy(images)))
+    theirs = to_numpy(module(images))
+    assert logits.dtype == theirs.dtype
+    return rounding_ratio(logits, theirs, truth)
 
 
 def output_errors(

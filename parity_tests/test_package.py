@@ -23,7 +23,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_the_wheel_holds_both_packages_and_nothing_else(wheel: pathlib.Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split('/')[0] for name in names if '.dist-info' not in name} == {'flax_vit', 'convert'}
-    assert {'flax_vit/py.typed', 'convert/py.typed', 'convert/digits/simple_vit.pt', 'convert/report.html.j2'} <= set(names)
+    assert {'flax_vit/py.typed', 'convert/py.typed', 'convert/digits/simple_vit.pt', 'convert/report.html.j2'} <= set(
+        names
+    )
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.P
     return tmp_path
 
 
-@pytest.mark.filterwarnings('default::convert.ConversionWarning')
+@pytest.mark.filterwarnings('ignore::convert.ConversionWarning')  # the example assumes, and is told so
 def test_python(folder: pathlib.Path) -> None:
     names: dict[str, object] = {}
     blocks = [text for language, text in BLOCKS if language == 'python']

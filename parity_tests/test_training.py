@@ -9,7 +9,18 @@ import numpy as np
 import optax
 import pytest
 import torch
-from reference import CONFIGURATIONS, channels_first, check, converted, random_images, relative_error
+from flax import linen as nn
+from reference import (
+    CONFIGURATIONS,
+    GRADIENT_BOUND,
+    Configuration,
+    Masks,
+    channels_first,
+    check,
+    converted,
+    random_images,
+    relative_error,
+)
 
 import convert
 
@@ -17,6 +28,7 @@ import convert
 # a gradient's rounding (1e-16 where many cancel) moves it by 1e-8 of that at the most; the learning rate is 1e-3.
 BOUND = 1e-11
 
+TRAINED = ['deep-plain', 'deep-mean', 'simple-plain', 'simple-oblong-patches']
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], optax.GradientTransformation]] = {
     'AdamW': (
         lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05),
@@ -29,10 +41,8 @@ OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], optax.Gradient
 }
 
 
-@pytest.mark.parametrize('optimizer', OPTIMIZERS)
-@pytest.mark.parametrize('name', ['deep-plain', 'deep-mean', 'simple-plain', 'simple-oblong-patches'])
-def test_parameters_after_1_3_and_10_steps(name: str, optimizer: str, float64: None) -> None:
-    configuration = CONFIGURATIONS[name]
+def training_errors(configuration: Configuration, optimizer: str) -> dict[str, float]:
+    """Relative error of every parameter after 1, 3 and 10 steps, by name: the largest of the three."""
     module, model, variables = converted(configuration)
     images = [random_images(configuration, seed=step, batch=4) for step in range(10)]
     labels = np.arange(4) % configuration.fields['num_classes']
@@ -50,6 +60,7 @@ def test_parameters_after_1_3_and_10_steps(name: str, optimizer: str, float64: N
         return optax.apply_updates(variables, updates), state
 
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    errors = dict.fromkeys(before, 0.0)
     for number, batch in enumerate(images, start=1):
         theirs.zero_grad()
         torch.nn.functional.cross_entropy(module(channels_first(batch)), torch.tensor(labels)).backward()
@@ -57,6 +68,38 @@ def test_parameters_after_1_3_and_10_steps(name: str, optimizer: str, float64: N
         variables, state = step(variables, state, jnp.asarray(batch))
         if number in (1, 3, 10):
             arrays = convert.to_torch(model, variables)
-            parameters = {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
-            check({name: relative_error(arrays[name], truth) for name, truth in parameters.items()}, BOUND)
+            for name, parameter in module.named_parameters():
+                errors[name] = max(errors[name], relative_error(arrays[name], parameter.detach().numpy()))
     assert all(not torch.equal(before[name], parameter) for name, parameter in module.named_parameters())
+    return errors
+
+
+@pytest.mark.parametrize('optimizer', OPTIMIZERS)
+@pytest.mark.parametrize('name', TRAINED)
+def test_parameters_after_1_3_and_10_steps(name: str, optimizer: str, float64: None) -> None:
+    check(training_errors(CONFIGURATIONS[name], optimizer), BOUND)
+
+
+def test_gradients_with_the_same_dropout_masks(float64: None) -> None:
+    configuration = CONFIGURATIONS['deep-dropout-at-rest']
+    module, model, variables = converted(configuration)
+    images = random_images(configuration)
+    weights = np.random.default_rng(1).standard_normal((len(images), configuration.fields['num_classes']))
+    theirs, ours = Masks(), Masks()
+    for part in module.train().modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.register_forward_hook(theirs.hook)
+    (module(channels_first(images)) * torch.tensor(weights)).sum().backward()
+
+    def loss(variables: Any) -> jax.Array:
+        logits: Any = model.apply(variables, jnp.asarray(images), train=True)
+        return (logits * weights).sum()
+
+    with nn.intercept_methods(ours.intercept):
+        gradients = convert.to_torch(model, jax.grad(loss)(variables))
+    assert ours.asked == theirs.asked
+    truth = {
+        name: parameter.grad.numpy() for name, parameter in module.named_parameters() if parameter.grad is not None
+    }
+    assert truth.keys() == gradients.keys()
+    check({name: relative_error(gradients[name], gradient) for name, gradient in truth.items()}, GRADIENT_BOUND)
