@@ -572,7 +572,7 @@ def test_a_part_alone(tmp_path: Path) -> None:
         (b'version https://git-lfs.github.com/spec/v1\noid sha256:1\n', 'git lfs pull'),
         (b'<!DOCTYPE html><html>', 'web page'),
         (b'<HTML>', 'web page'),
-        (gzip.compress(b'x'), 'unpack'),
+        (gzip.compress(b'x', mtime=0), 'unpack'),
         (b'\x89HDF\r\n\x1a\n123', 'HDF5'),
         (b'\x93NUMPY\1\0', 'numpy.savez'),
         (b'GGUF\3', 'GGUF'),
