@@ -20,7 +20,7 @@ from convert.errors import ConversionError
 from convert.zip_file import Record, quote
 
 PICKLE_BYTES = 32 << 20  # the largest data.pkl that is read
-PICKLE_STEPS = 500_000  # its most instructions, and the most values in the tree it makes
+PICKLE_STEPS = 300_000  # its most instructions, and the most values in the tree it makes
 NESTING = 100  # the greatest depth of that tree
 NAME = 1000  # the most characters in the name of a class
 EXPANDED = 1 << 20  # bytes: what an expanded tensor may claim in a file that is smaller than this
