@@ -14,6 +14,7 @@ from rich.table import Table
 from convert.conversion import Inspection
 from convert.outputs import Comparison
 from convert.verify import Report, Row
+from flax_vit.layers import COMPUTATION
 
 # Where the output is no terminal, the tables' long names would be cut at 80 columns.
 out = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
@@ -35,7 +36,7 @@ def show_inspection(inspection: Inspection) -> None:
     fields = Table('field', 'value', 'known by', 'because', box=None, pad_edge=False, title_justify='left')
     colours = {'assumed': 'yellow', 'unknown': 'red'}
     for name, field in inspection.fields.items():
-        if name not in {'dtype', 'precision'} or field.how == 'given':
+        if name not in COMPUTATION or field.how == 'given':
             colour = colours.get(field.how, 'default')
             value = '?' if field.how == 'unknown' else str(field.value)
             fields.add_row(name, value, f'[{colour}]{field.how}[/]', escape(field.why))

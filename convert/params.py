@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from convert.errors import ConversionError
 from flax_vit.pretrained import param_shapes
+from flax_vit.stacking import stack_layers, unstack_layers
 
 Path = tuple[str, ...]
 
@@ -72,6 +73,7 @@ def to_flax(
     One tensor at a time is copied out of `tensors`, which may be views of a mapped file. Raises ConversionError with
     every name that is missing (-), left over (+) or misshapen.
     """
+    stacked, model = model.scan_layers, model.clone(scan_layers=False)
     shapes = {leaf(path, len(shape.shape)): shape.shape for path, shape in param_shapes(model).items()}
     expected = {rule.name: rule.torch_shape(shape) for rule, shape in shapes.items()}
     problems = differences(expected, {name: tensor.shape for name, tensor in tensors.items()})
@@ -82,7 +84,8 @@ def to_flax(
         return jnp.array(array, dtype=param_dtype)  # a copy: no leaf stays a view of the file
 
     flat = {rule.path: place(rule.to_flax(tensors[rule.name])) for rule in track(list(shapes))}
-    return {'params': unflatten_dict(flat)}
+    params = unflatten_dict(flat)
+    return {'params': stack_layers(params) if stacked else params}
 
 
 def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -92,6 +95,8 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
     """
     if set(variables) != {'params'}:
         raise ConversionError(f"variables must be {{'params': …}}, not a dict of {sorted(variables)}.")
+    if model.scan_layers:
+        model, variables = model.clone(scan_layers=False), unstack_layers(variables)
     flat = flatten_dict(variables['params'])
     expected = {'/'.join(path): shape.shape for path, shape in param_shapes(model).items()}
     problems = differences(expected, {'/'.join(path): np.shape(array) for path, array in flat.items()})

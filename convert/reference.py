@@ -7,6 +7,7 @@ import numpy as np
 from convert.conversion import Inspection
 from convert.errors import ConversionError
 from flax_vit import DeepViT
+from flax_vit.layers import COMPUTATION
 
 
 def torch_module(inspection: Inspection, dtype: str) -> Any:
@@ -26,7 +27,7 @@ def torch_module(inspection: Inspection, dtype: str) -> Any:
         ) from error
 
     model = inspection.model
-    flax_only = {'dtype', 'param_dtype', 'precision', 'patch_norm', 'norm_after_mean'}
+    flax_only = COMPUTATION | {'param_dtype', 'patch_norm', 'norm_after_mean'}
     arguments = {name: field.value for name, field in inspection.fields.items() if name not in flax_only}
     deep = isinstance(model, DeepViT)
     module = (deepvit.DeepViT if deep else simple_vit.SimpleViT)(**arguments | {'num_classes': model.num_classes or 1})

@@ -16,6 +16,7 @@ import jax
 from convert.conversion import provenance
 from convert.errors import ConversionError
 from convert.verify import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, Report, Row
+from flax_vit.layers import COMPUTATION
 from flax_vit.pretrained import appearing_whole, read_config
 
 FORMAT = 'flax_vit report 1'
@@ -112,7 +113,7 @@ def figures_of(
             'fields': {
                 name: {'value': _plain(field.value), 'how': field.how, 'why': field.why}
                 for name, field in inspection.fields.items()
-                if name not in {'dtype', 'precision'}  # the comparison sets these
+                if name not in COMPUTATION
             },
         },
         'converted': _folder(converted) if converted else None,

@@ -16,6 +16,7 @@ from convert.params import leaf, torch_module_name
 from convert.reference import table_difference, torch_gradients, torch_module, torch_outputs
 from flax_vit import DeepViT, SimpleViT
 from flax_vit.layers import pair
+from flax_vit.stacking import unstack_layers
 
 OUTPUT_LIMIT = 1e-12  # of float64: rounding over the depth of a model; the mildest slip known is at 1e-5
 GRADIENT_LIMIT = 1e-11  # of float64: the way back adds as many roundings again, and sums over the batch
@@ -124,6 +125,8 @@ def verify(
         images = random.standard_normal(shape, np.float32)
     with jax.enable_x64(True):
         model, variables = converted or (inspection.model, place(inspection))
+        if model.scan_layers:  # for blocks that have a name each
+            model, variables = model.clone(scan_layers=False), unstack_layers(variables)
         parts = labels(inspection.model)
         runs = (
             lambda dtype: torch_outputs(torch_module(inspection, dtype), images, list(parts)),
@@ -254,7 +257,7 @@ def attention_maps(
     if isinstance(inspection.model, DeepViT):
         kinds = {
             ', before re-attention': ('dropout', 'attention_dropout'),
-            ', after re-attention': ('reattn_norm.1', 'reattn_norm.1'),  # with the heads last
+            ', after re-attention': ('reattn_norm.1', 'reattn_norm.1'),  # PyTorch's has the heads last
         }
     depth = inspection.model.depth
     names = {
@@ -263,14 +266,13 @@ def attention_maps(
         for kind, modules in kinds.items()
     }
     theirs = torch_outputs(torch_module(inspection, 'float64'), image, [name for name, _ in names.values()])
-    ours = flax_outputs(model, variables, 'float64', image, [name for _, name in names.values()])
+    whole = model.clone(query_chunk_size=None)  # for maps that are held at once
+    ours = flax_outputs(whole, variables, 'float64', image, [name for _, name in names.values()])
 
     def heads_first(name: str, attention: np.ndarray) -> np.ndarray:
-        return np.moveaxis(attention[0], -1, 0) if 'norm' in name else attention[0]
+        return np.moveaxis(attention, -1, 0) if 'norm' in name else attention
 
-    return {
-        label: (heads_first(their, theirs[their]), heads_first(our, ours[our])) for label, (their, our) in names.items()
-    }
+    return {label: (heads_first(their, theirs[their][0]), ours[our][0]) for label, (their, our) in names.items()}
 
 
 def cast(tree: Any, dtype: str) -> Any:

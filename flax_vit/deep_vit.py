@@ -4,8 +4,10 @@ Submodules have the PyTorch names in the PyTorch order, so that PyTorch's `trans
 is `transformer/layers_3_1/net_4/kernel` here.
 """
 
+from functools import partial
 from numbers import Real
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -13,7 +15,21 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from flax_vit.layers import Identity, Layer, add, check_divisible, check_sizes, gelu, sequential, softmax, to_patches
+from flax_vit.layers import (
+    EPSILON,
+    Identity,
+    Layer,
+    Transformer,
+    add,
+    check_divisible,
+    check_options,
+    check_sizes,
+    gelu,
+    in_query_chunks,
+    sequential,
+    softmax,
+    to_patches,
+)
 
 
 class FeedForward(Layer):
@@ -42,6 +58,7 @@ class Attention(Layer):
     heads: int
     dim_head: int
     dropout: float
+    query_chunk_size: int | None
 
     def setup(self) -> None:
         inner_dim = self.heads * self.dim_head
@@ -51,54 +68,53 @@ class Attention(Layer):
         self.reattn_weights = self.param(
             'reattn_weights', nn.initializers.normal(1.0), (self.heads, self.heads), self.param_dtype
         )
-        self.reattn_norm = [heads_last, self.layer_norm(), heads_first]
+        # in a list [Rearrange, LayerNorm, Rearrange] in PyTorch
+        self.reattn_norm_1 = HeadNorm(heads=self.heads, **self.numerics)
         self.to_out = [self.linear(inner_dim, self.dim), nn.Dropout(self.dropout)]
 
     def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
         qkv = self.to_qkv(self.norm(x))
         q, k, v = rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads)
-        dots = jnp.einsum('bhid,bhjd->bhij', q, k, precision=self.precision) * self.dim_head**-0.5
-        # vit-pytorch drops out the attention map before re-attention, not after it
-        attn = self.attention_dropout(softmax(dots), deterministic=not train)
-        mix = self.reattn_weights.astype(attn.dtype)
-        attn = jnp.einsum('bhij,hg->bgij', attn, mix, precision=self.precision)
-        attn = sequential(self.reattn_norm, attn, train=train)
-        out = jnp.einsum('bhij,bhjd->bhid', attn, v, precision=self.precision)
+
+        def attend(self: 'Attention', q: Float[Array, 'batch heads i d']) -> Float[Array, 'batch heads i d']:
+            dots = jnp.einsum('bhid,bhjd->bhij', q, k, precision=self.precision) * self.dim_head**-0.5
+            # vit-pytorch drops out the attention map before re-attention, not after it
+            attn = self.attention_dropout(softmax(dots), deterministic=not train)
+            attn = self.reattn_norm_1(attn, mix=self.reattn_weights)
+            return jnp.einsum('bhij,bhjd->bhid', attn, v, precision=self.precision)
+
+        out = in_query_chunks(self, attend, q, self.query_chunk_size)
         return sequential(self.to_out, rearrange(out, 'b h n d -> b n (h d)'), train=train)
 
 
-def heads_last(attn: Float[Array, 'batch heads i j']) -> Float[Array, 'batch i j heads']:
-    return rearrange(attn, 'b h i j -> b i j h')
+class HeadNorm(Layer):
+    """The heads' attention maps mixed, then `torch.nn.LayerNorm` across the heads, which stay where they are.
 
+    Bringing the heads to the last axis and back, as PyTorch does, costs more than all the rest of re-attention.
+    """
 
-def heads_first(attn: Float[Array, 'batch i j heads']) -> Float[Array, 'batch heads i j']:
-    return rearrange(attn, 'b i j h -> b h i j')
-
-
-class Transformer(Layer):
-    dim: int
-    depth: int
     heads: int
-    dim_head: int
-    mlp_dim: int
-    dropout: float
 
     def setup(self) -> None:
-        self.layers = [
-            [
-                Attention(
-                    dim=self.dim, heads=self.heads, dim_head=self.dim_head, dropout=self.dropout, **self.numerics
-                ),
-                FeedForward(dim=self.dim, hidden_dim=self.mlp_dim, dropout=self.dropout, **self.numerics),
-            ]
-            for _ in range(self.depth)
-        ]
+        self.scale = self.param('scale', nn.initializers.ones, (self.heads,), self.param_dtype)
+        self.bias = self.param('bias', nn.initializers.zeros, (self.heads,), self.param_dtype)
 
-    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
-        for attention, feed_forward in self.layers:
-            x = attention(x, train=train) + x
-            x = feed_forward(x, train=train) + x
-        return x
+    def __call__(
+        self, attn: Float[Array, 'batch heads i j'], *, mix: Float[Array, 'heads heads']
+    ) -> Float[Array, 'batch heads i j']:
+        batch, heads, i, j = attn.shape
+        wide = jnp.promote_types(attn.dtype, jnp.float32)
+        # The mean over the heads is linear: a matrix with centred rows gives the maps centred, with no pass over them.
+        mix = mix.astype(wide)
+        mix = (mix - mix.mean(axis=1, keepdims=True)).astype(attn.dtype)
+        # With the batch on both sides, this is a plain product of matrices, (heads, heads) and (heads, i j).
+        mix = jnp.broadcast_to(mix.T, (batch, heads, heads))
+        mixed = jnp.matmul(mix, attn.reshape(batch, heads, i * j), precision=self.precision)
+        centred = mixed.reshape(attn.shape).astype(wide)
+        # A sum of slices, which becomes one loop over the keys; a reduction would step over them, head by head.
+        variance = sum(jnp.split(centred**2, heads, axis=1)) / heads
+        scale, bias = (parameter.astype(wide).reshape(heads, 1, 1) for parameter in (self.scale, self.bias))
+        return (centred * (jax.lax.rsqrt(variance + EPSILON) * scale) + bias).astype(attn.dtype)
 
 
 class DeepViT(Layer):
@@ -121,6 +137,9 @@ class DeepViT(Layer):
     dropout: float = 0.0
     emb_dropout: float = 0.0
     patch_norm: bool = True  # LayerNorms round the patch projection; vit-pytorch before 1.0.0 had none
+    query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
+    remat: bool = False  # the way back computes each layer's inside anew, instead of keeping it
+    scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`
 
     def __post_init__(self) -> None:
         check_sizes(self, image_size=1, patch_size=1, num_classes=0, dim=1, depth=1, heads=1, mlp_dim=1)
@@ -131,6 +150,7 @@ class DeepViT(Layer):
         for name in ('dropout', 'emb_dropout'):
             if not isinstance(getattr(self, name), Real) or not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'DeepViT: {name} must be a rate from 0 to 1, not {getattr(self, name)!r}.')
+        check_options(self)
         super().__post_init__()
 
     def setup(self) -> None:
@@ -158,12 +178,22 @@ class DeepViT(Layer):
         self.cls_token = self.param('cls_token', normal, (1, 1, self.dim), self.param_dtype)
         self.embedding_dropout = nn.Dropout(self.emb_dropout)
         self.transformer = Transformer(
-            dim=self.dim,
+            attention=partial(
+                Attention,
+                dim=self.dim,
+                heads=self.heads,
+                dim_head=self.dim_head,
+                dropout=self.dropout,
+                query_chunk_size=self.query_chunk_size,
+                **self.numerics,
+            ),
+            feed_forward=partial(
+                FeedForward, dim=self.dim, hidden_dim=self.mlp_dim, dropout=self.dropout, **self.numerics
+            ),
             depth=self.depth,
-            heads=self.heads,
-            dim_head=self.dim_head,
-            mlp_dim=self.mlp_dim,
-            dropout=self.dropout,
+            final_norm=False,
+            remat=self.remat,
+            scan_layers=self.scan_layers,
             **self.numerics,
         )
         self.to_latent = Identity()

@@ -12,6 +12,10 @@ from flax.typing import Dtype, Initializer, PrecisionLike
 from jax import Array, random
 from jaxtyping import Float, Shaped
 
+EPSILON = 1e-5  # of torch.nn.LayerNorm
+# The fields that say how a model is computed, not what.
+COMPUTATION = frozenset({'dtype', 'precision', 'query_chunk_size', 'remat', 'scan_layers'})
+
 
 class Layer(nn.Module, kw_only=True):
     """A linen module that hands its numeric fields on to what it is made of."""
@@ -30,7 +34,7 @@ class Layer(nn.Module, kw_only=True):
 
     def layer_norm(self) -> nn.LayerNorm:
         """`torch.nn.LayerNorm` of the last axis: epsilon 1e-5, two-pass variance; statistics at least float32."""
-        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=self.dtype, param_dtype=self.param_dtype)
+        return nn.LayerNorm(epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype, param_dtype=self.param_dtype)
 
 
 class Linear(Layer):
@@ -82,6 +86,92 @@ def sequential(layers: Sequence[Any], x: Shaped[Array | np.ndarray, '...'], *, t
     for layer in layers:
         result = layer(result, deterministic=not train) if isinstance(layer, nn.Dropout) else layer(result)
     return result
+
+
+def in_query_chunks(
+    module: nn.Module,
+    attend: Callable[[Any, Float[Array, 'batch heads chunk d']], Float[Array, 'batch heads chunk d']],
+    queries: Float[Array, 'batch heads tokens d'],
+    size: int | None,
+) -> Float[Array, 'batch heads tokens d']:
+    """`attend(module, queries)`, at most `size` queries at a time; None: all at once.
+
+    The chunks follow one another, and the way back computes each anew, so that no attention map is larger than
+    (batch, heads, size, tokens). Exact wherever a query's result needs no other query.
+    """
+    tokens = queries.shape[2]
+    if size is None or size >= tokens:
+        return attend(module, queries)
+    count = -(-tokens // size)
+    rows = -(-tokens // count)  # of a chunk, all alike; the last is filled up with zeros
+    filled = jnp.pad(queries, ((0, 0), (0, 0), (0, count * rows - tokens), (0, 0)))
+
+    def step(module: Any, carry: None, chunk: Array) -> tuple[None, Array]:
+        return carry, attend(module, chunk)
+
+    scan: Any = nn.scan(
+        nn.remat(step, prevent_cse=False),
+        variable_broadcast='params',
+        split_rngs={'params': False, 'dropout': True},
+    )
+    _, out = scan(module, None, rearrange(filled, 'b h (count i) d -> count b h i d', count=count))
+    return rearrange(out, 'count b h i d -> b h (count i) d')[:, :, :tokens]
+
+
+class Transformer(Layer):
+    """`Transformer` of both models: attention and feed-forward in turn, each added to its input.
+
+    Its blocks are `layers_3_0` (attention) and `layers_3_1` (feed-forward), as in PyTorch; with `scan_layers` all are
+    one, `blocks/layers_0` and `blocks/layers_1`, whose parameters have a first axis more, the depth.
+    """
+
+    attention: Callable[[], nn.Module]
+    feed_forward: Callable[[], nn.Module]
+    depth: int
+    final_norm: bool
+    remat: bool
+    scan_layers: bool
+
+    def setup(self) -> None:
+        if self.scan_layers:
+            self.blocks = Block(attention=self.attention, feed_forward=self.feed_forward)
+        else:
+            self.layers = [[self.attention(), self.feed_forward()] for _ in range(self.depth)]
+        self.norm = self.layer_norm() if self.final_norm else Identity()
+
+    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+        def run(layer: Any, x: Array) -> Array:
+            return layer(x, train=train)
+
+        run = nn.remat(run, prevent_cse=not self.scan_layers) if self.remat else run
+
+        def block(layers: Sequence[Any], x: Array) -> Array:
+            for layer in layers:
+                x = run(layer, x) + x
+            return x
+
+        if self.scan_layers:
+            scan: Any = nn.scan(
+                lambda blocks, x, _: (block(blocks.layers, x), None),
+                variable_axes={'params': 0, 'intermediates': 0},
+                split_rngs={'params': True, 'dropout': True},
+                length=self.depth,
+            )
+            x, _ = scan(self.blocks, x, None)
+        else:
+            for layers in self.layers:
+                x = block(layers, x)
+        return self.norm(x)
+
+
+class Block(nn.Module):
+    """The layers that `Transformer` scans over."""
+
+    attention: Callable[[], nn.Module]
+    feed_forward: Callable[[], nn.Module]
+
+    def setup(self) -> None:
+        self.layers = [self.attention(), self.feed_forward()]
 
 
 def uniform(bound: float) -> Initializer:
@@ -146,3 +236,12 @@ def check_divisible(model: nn.Module, image_size: tuple[int, int], patch_size: t
             f'{type(model).__name__}: the sides of image_size {image_size} must be multiples of those of '
             f'patch_size {patch_size}.'
         )
+
+
+def check_options(model: Any) -> None:
+    """ValueError unless the fields that say how a model is computed, not what, make sense."""
+    if model.query_chunk_size is not None:
+        check_sizes(model, query_chunk_size=1)
+    for name in ('remat', 'scan_layers'):
+        if not isinstance(getattr(model, name), bool):
+            raise ValueError(f'{type(model).__name__}: {name} must be True or False, not {getattr(model, name)!r}.')

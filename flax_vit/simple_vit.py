@@ -4,6 +4,7 @@ Submodules have the PyTorch names in the PyTorch order, so that PyTorch's `trans
 is `transformer/layers_3_1/net_1/kernel` here.
 """
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,7 +14,20 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float, Float32, Shaped
 
-from flax_vit.layers import Identity, Layer, check_divisible, check_sizes, gelu, pair, sequential, softmax, to_patches
+from flax_vit.layers import (
+    Identity,
+    Layer,
+    Transformer,
+    check_divisible,
+    check_options,
+    check_sizes,
+    gelu,
+    in_query_chunks,
+    pair,
+    sequential,
+    softmax,
+    to_patches,
+)
 
 
 def posemb_sincos_2d(
@@ -63,6 +77,7 @@ class Attention(Layer):
     dim: int
     heads: int
     dim_head: int
+    query_chunk_size: int | None
 
     def setup(self) -> None:
         inner_dim = self.heads * self.dim_head
@@ -74,34 +89,13 @@ class Attention(Layer):
     def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
         qkv = self.to_qkv(self.norm(x))
         q, k, v = rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads)
-        dots = jnp.einsum('bhid,bhjd->bhij', q, k, precision=self.precision) * self.dim_head**-0.5
-        out = jnp.einsum('bhij,bhjd->bhid', self.attend(dots), v, precision=self.precision)
+
+        def attend(self: 'Attention', q: Float[Array, 'batch heads i d']) -> Float[Array, 'batch heads i d']:
+            dots = jnp.einsum('bhid,bhjd->bhij', q, k, precision=self.precision) * self.dim_head**-0.5
+            return jnp.einsum('bhij,bhjd->bhid', self.attend(dots), v, precision=self.precision)
+
+        out = in_query_chunks(self, attend, q, self.query_chunk_size)
         return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))
-
-
-class Transformer(Layer):
-    dim: int
-    depth: int
-    heads: int
-    dim_head: int
-    mlp_dim: int
-    final_norm: bool
-
-    def setup(self) -> None:
-        self.norm = self.layer_norm() if self.final_norm else Identity()
-        self.layers = [
-            [
-                Attention(dim=self.dim, heads=self.heads, dim_head=self.dim_head, **self.numerics),
-                FeedForward(dim=self.dim, hidden_dim=self.mlp_dim, **self.numerics),
-            ]
-            for _ in range(self.depth)
-        ]
-
-    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
-        for attention, feed_forward in self.layers:
-            x = attention(x, train=train) + x
-            x = feed_forward(x, train=train) + x
-        return self.norm(x)
 
 
 class SimpleViT(Layer):
@@ -122,6 +116,9 @@ class SimpleViT(Layer):
     dim_head: int = 64
     patch_norm: bool = True  # LayerNorms round the patch projection; vit-pytorch before 1.0.0 had none
     norm_after_mean: bool = False  # vit-pytorch before 1.4.0: mean over tokens first, then a LayerNorm in the head
+    query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
+    remat: bool = False  # the way back computes each layer's inside anew, instead of keeping it
+    scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`
 
     def __post_init__(self) -> None:
         check_sizes(self, pairs=('image_size', 'patch_size'), image_size=1, patch_size=1, channels=1)
@@ -129,6 +126,7 @@ class SimpleViT(Layer):
         check_divisible(self, pair(self.image_size), pair(self.patch_size))
         if self.dim % 4:
             raise ValueError(f'SimpleViT: dim must be a multiple of 4 for the sincos table, not {self.dim}.')
+        check_options(self)
         super().__post_init__()
 
     @property
@@ -161,12 +159,19 @@ class SimpleViT(Layer):
             [cut, self.layer_norm(), projection, self.layer_norm()] if self.patch_norm else [cut, projection]
         )
         self.transformer = Transformer(
-            dim=self.dim,
+            attention=partial(
+                Attention,
+                dim=self.dim,
+                heads=self.heads,
+                dim_head=self.dim_head,
+                query_chunk_size=self.query_chunk_size,
+                **self.numerics,
+            ),
+            feed_forward=partial(FeedForward, dim=self.dim, hidden_dim=self.mlp_dim, **self.numerics),
             depth=self.depth,
-            heads=self.heads,
-            dim_head=self.dim_head,
-            mlp_dim=self.mlp_dim,
             final_norm=not self.norm_after_mean,
+            remat=self.remat,
+            scan_layers=self.scan_layers,
             **self.numerics,
         )
         self.to_latent = Identity()

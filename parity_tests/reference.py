@@ -15,9 +15,10 @@ import vit_pytorch.deepvit
 import vit_pytorch.simple_vit
 from einops import rearrange
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import convert
+from flax_vit import unstack_layers
 from flax_vit.simple_vit import posemb_sincos_2d
 
 FLOAT64_BOUND = 1e-12  # of outputs, relative
@@ -157,11 +158,11 @@ def pytorch(configuration: Configuration, dtype: torch.dtype = torch.float64, se
 
 
 def converted(
-    configuration: Configuration, dtype: torch.dtype = torch.float64, seed: int = 0
+    configuration: Configuration, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any
 ) -> tuple[torch.nn.Module, nn.Module, Any]:
     """The perturbed module, and the port with its weights, whose matrix products are exact on any device."""
     module = pytorch(configuration, dtype, seed)
-    return module, *convert.from_torch(module, precision='highest')
+    return module, *convert.from_torch(module, precision='highest', **options)
 
 
 def port_table(configuration: Configuration) -> torch.Tensor:
@@ -212,9 +213,14 @@ def port_outputs(model: nn.Module, variables: Any, images: Any, *, train: bool =
         return model.apply(variables, images, train=train, capture_intermediates=True, mutable=['intermediates'])
 
     _, state = jax.jit(apply, compiler_options=QUICK)(variables, images)
+    flat = {path: np.asarray(output) for path, (output,) in flatten_dict(state['intermediates']).items()}
+    if model.scan_layers:
+        flat = flatten_dict(unstack_layers(unflatten_dict(flat)))
+    outputs = {re.sub(r'_(?=\d)', '.', '.'.join(path[:-1])): output for path, output in flat.items()}
+    # PyTorch brings the heads to the last axis for this norm
     return {
-        re.sub(r'_(?=\d)', '.', '.'.join(path[:-1])): np.asarray(output)
-        for path, (output,) in flatten_dict(state['intermediates']).items()
+        name: rearrange(output, 'b h i j -> b i j h') if name.endswith('reattn_norm.1') else output
+        for name, output in outputs.items()
     }
 
 
@@ -241,9 +247,9 @@ def rounding_ratio(port: np.ndarray, pytorch: np.ndarray, truth: np.ndarray) -> 
     return rms(port.astype(np.float64) - truth) / max(rms(pytorch.astype(np.float64) - truth), floor)
 
 
-def rounding_error(configuration: Configuration, dtype: torch.dtype) -> float:
+def rounding_error(configuration: Configuration, dtype: torch.dtype, **options: Any) -> float:
     """`rounding_ratio` of the logits in `dtype`: the modules as they come, each with its own sincos table."""
-    module, model, variables = converted(configuration, dtype)
+    module, model, variables = converted(configuration, dtype, **options)
     # 16 images, for errors that chance does not decide
     images = channels_first(random_images(configuration, batch=16), dtype)
     truth = to_numpy(copy.deepcopy(module).double()(images.double()))

@@ -47,6 +47,7 @@ FAST = "the fast variance of LayerNorm (flax's default; use_fast_variance=False)
 NAMED = {
     'tanh_gelu': f'block 0 feed-forward: matches {TANH}',
     'epsilon_of_flax': f'patch embedding: matches {EPSILON}',
+    'epsilon_of_flax_in_reattention': f'block 0 attention: matches {EPSILON}',
     'fast_variance': f'patch embedding: the error has the size that comes of {FAST}',
     'softmax_in_float32': 'block 0 attention: … the softmax in float32',
     'softmax_over_queries': 'block 0 attention: matches with the softmax over queries instead of keys',
@@ -183,16 +184,15 @@ def softmax_over_queries(port: Port) -> None:
 
 @named('block 0 attention: matches without re-attention', DEEP)
 def reattention_missing(port: Port) -> None:
-    def einsum(pattern: str, attn: Any, other: Any, **keywords: Any) -> Any:
-        return attn if pattern == 'bhij,hg->bgij' else jnp.einsum(pattern, attn, other, **keywords)
-
-    port.substitute('jnp', SimpleNamespace(**{**vars(jnp), 'einsum': einsum}))
     submodules(port, 'transformer/layers_0_0/reattn_norm_1', lambda call, x, keywords, module: x)
 
 
 @named('block 0 attention: matches without the LayerNorm reattn_norm.1', DEEP)
 def reattention_not_normalised(port: Port) -> None:
-    submodules(port, 'transformer/layers_0_0/reattn_norm_1', lambda call, x, keywords, module: x)
+    def mixed(call: Any, attn: Any, keywords: Any, module: Any) -> Any:
+        return jnp.einsum('bhij,hg->bgij', attn, keywords['mix'])
+
+    submodules(port, 'transformer/layers_0_0/reattn_norm_1', mixed)
 
 
 @named('block 0 feed-forward: matches without the residual connection before it')

@@ -30,8 +30,9 @@ from scipy import stats
 
 import convert
 from flax_vit import DeepViT, SimpleViT
-from flax_vit.deep_vit import FeedForward, heads_last
+from flax_vit.deep_vit import FeedForward
 from flax_vit.layers import softmax
+from flax_vit.simple_vit import Softmax
 
 both_models = pytest.mark.parametrize('name', ['deep-plain', 'simple-oblong-patches'])
 THEIRS = {DeepViT: vit_pytorch.deepvit.DeepViT, SimpleViT: vit_pytorch.simple_vit.SimpleViT}
@@ -356,7 +357,7 @@ def test_norm_after_mean(float64: None) -> None:
 
 def test_shape_annotations_are_checked_while_tests_run() -> None:
     with pytest.raises(TypeCheckError, match='batch heads i j'):
-        heads_last(jnp.zeros((2, 3, 4)))
+        Softmax()(jnp.zeros((2, 3, 4)))
     with pytest.raises(TypeCheckError, match='shape'):
         softmax(jnp.zeros((2, 3), jnp.int32))
     with pytest.raises(TypeCheckError, match='batch tokens dim'):

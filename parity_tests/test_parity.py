@@ -36,6 +36,7 @@ from reference import (
 )
 
 import convert
+from flax_vit import stack_layers, unstack_layers
 from flax_vit.simple_vit import posemb_sincos_2d
 
 every_configuration = pytest.mark.parametrize('name', CONFIGURATIONS)
@@ -68,8 +69,8 @@ def test_configurations_drawn_at_random(seed: int, float64: None) -> None:
     check(gradient_errors(module, model, variables, images), GRADIENT_BOUND)
 
 
-def check_rounding(configuration: Configuration, dtype: torch.dtype) -> None:
-    assert rounding_error(configuration, dtype) <= ROUNDING_RATIO
+def check_rounding(configuration: Configuration, dtype: torch.dtype, **options: Any) -> None:
+    assert rounding_error(configuration, dtype, **options) <= ROUNDING_RATIO
 
 
 @every_configuration
@@ -215,3 +216,37 @@ def test_sincos_table_takes_its_steps_in_float32() -> None:
     exact = np.concatenate([np.sin(x * omega), np.cos(x * omega), np.sin(y * omega), np.cos(y * omega)], axis=1)
     assert np.mean(posemb_sincos_2d(14, 14, 192) == theirs) > 0.8  # the same bits
     assert np.mean(exact.astype(np.float32) == theirs) < 0.7
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    'chunked': {'query_chunk_size': 2},
+    'rematerialised': {'remat': True},
+    'scanned': {'scan_layers': True},
+    'all': {'query_chunk_size': 3, 'remat': True, 'scan_layers': True},
+}
+
+
+@pytest.mark.parametrize('option', OPTIONS)
+@pytest.mark.parametrize('name', ['deep-mean', 'deep-smaller-oblong', 'simple-oblong-patches', 'simple-plain'])
+def test_options_change_no_number(name: str, option: str, float64: None) -> None:
+    """The options say how a model is computed; converted weights run with every one of them."""
+    configuration = CONFIGURATIONS[name]
+    module, model, variables = converted(configuration)
+    plain = {'params': {**variables['params']}}
+    model = model.clone(**OPTIONS[option])
+    variables = stack_layers(variables) if model.scan_layers else variables
+    images = random_images(configuration)
+    errors = output_errors(module, model, variables, images)
+    blocks = {f'transformer.layers.{block}.{part}' for block in range(model.depth) for part in (0, 1)}
+    assert blocks | {'', 'transformer'} <= errors.keys()
+    check(errors, FLOAT64_BOUND)
+    check(gradient_errors(module, model, variables, images), GRADIENT_BOUND)
+    if model.scan_layers:
+        back = unstack_layers(variables)
+        jax.tree.map(np.testing.assert_array_equal, back, plain)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('name', ['deep-wide', 'simple-wide'])
+def test_rounding_with_every_option(name: str, dtype: torch.dtype) -> None:
+    check_rounding(CONFIGURATIONS[name], dtype, query_chunk_size=5, remat=True, scan_layers=True)

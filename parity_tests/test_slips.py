@@ -200,10 +200,28 @@ def reattention_transposed(port: Port) -> None:
     port.change('reattn_weights', np.transpose)
 
 
+def reattend(port: Port, *, axis: int, epsilon: float) -> None:
+    """Re-attention as it is written in the paper, normalised over `axis` of (batch, heads, queries, keys)."""
+
+    norm = nn.LayerNorm(epsilon=epsilon, use_fast_variance=False)
+
+    def wrong(call: Any, attn: Any, keywords: Any) -> Any:
+        scale, bias = (port.params[f'transformer/layers_0_0/reattn_norm_1/{kind}'] for kind in ('scale', 'bias'))
+        mixed = jnp.moveaxis(jnp.einsum('bhij,hg->bgij', attn, keywords['mix']), axis, -1)
+        normed: Any = norm.apply({'params': {'scale': scale, 'bias': bias}}, mixed)
+        return jnp.moveaxis(normed, -1, axis)
+
+    port.intercept('reattn_norm_1', wrong)
+
+
 @slip(DEEP)
 def reattention_normalised_over_keys(port: Port) -> None:
-    port.substitute('heads_last', lambda attn: attn)
-    port.substitute('heads_first', lambda attn: attn)
+    reattend(port, axis=3, epsilon=1e-5)
+
+
+@slip(DEEP)
+def epsilon_of_flax_in_reattention(port: Port) -> None:
+    reattend(port, axis=1, epsilon=1e-6)
 
 
 @slip(DEEP)
@@ -272,7 +290,7 @@ def dropout_after_reattention(port: Port) -> None:
         return x
 
     def catch_up(call: Any, x: Any, keywords: Any) -> Any:
-        return rearrange(later.pop()(rearrange(call(x, **keywords), 'b i j h -> b h i j')), 'b h i j -> b i j h')
+        return later.pop()(call(x, **keywords))
 
     port.intercept('attention_dropout', put_off)
     port.intercept('reattn_norm_1', catch_up)
@@ -299,6 +317,12 @@ def test_slip(architecture: str, name: str, monkeypatch: pytest.MonkeyPatch, flo
     port = Port.of({'DeepViT': DEEP, 'SimpleViT': SIMPLE}[architecture], monkeypatch)
     SLIPS[architecture, name](port)
     assert_broken(port.errors())
+
+
+def test_control_of_reattention(monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
+    port = Port.of(DEEP, monkeypatch)
+    reattend(port, axis=1, epsilon=1e-5)
+    check(port.errors(), FLOAT64_BOUND)
 
 
 def test_control_of_dropout(monkeypatch: pytest.MonkeyPatch, float64: None) -> None:

@@ -1,0 +1,148 @@
+"""How fast the port is beside PyTorch, and how near to the machine's matrix products.
+
+    python benchmarks/speed.py [--quick] [--json FILE] [--picture FILE]
+
+Every way runs in a process of its own. They run in turn, a quarter of a second each, round after round, so that all
+meet the same machine; a ratio is the median over the rounds. The ceiling is the best rate at which either framework
+multiplied large matrices in the same rounds; a way's share of it counts its matrix products only. Memory is what a
+process gained in its first two calls; compilation is the time of the first call beyond that of the second.
+"""
+
+import itertools
+import json
+import multiprocessing
+import statistics
+from pathlib import Path
+from typing import Any
+
+import rich_click as click
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from ways import PRODUCTS, SIDE, SIZES, WAYS, Case, as_json, machine, work
+
+MODELS = ('SimpleViT', 'DeepViT')
+
+
+def cases(*, quick: bool, gpu: bool) -> list[Case]:
+    """Forward in float32 everywhere; training and half precision where they take no hours."""
+    if quick:
+        return [Case(model, 'Ti/16', 1, 'float32', False) for model in MODELS]
+    chosen = [Case(*which, 'float32', False) for which in itertools.product(MODELS, SIZES, (1, 8))]
+    trained = ('README', 'Ti/16', 'S/16', 'B/16') if gpu else ('README', 'Ti/16', 'S/16')
+    chosen += [Case(*which, 8, 'float32', True) for which in itertools.product(MODELS, trained)]
+    halves = ('bfloat16', 'float16') if gpu else ('bfloat16',)
+    for half, training in itertools.product(halves, (False, True)):
+        chosen += [Case(*which, 8, half, training) for which in itertools.product(MODELS, ('README', 'S/16'))]
+    return chosen
+
+
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """Every way of a case in turn; seconds, ratios to eager PyTorch's, share of the ceiling, compilation, memory."""
+    names = [name for name in WAYS if name != 'fused attention' or case.model == 'SimpleViT']
+    context = multiprocessing.get_context('spawn')
+    pipes = {}
+    processes = []
+    for name in (*names, *PRODUCTS):
+        ours, theirs = context.Pipe()
+        processes.append(context.Process(target=work, args=(theirs, name, case), daemon=True))
+        processes[-1].start()
+        theirs.close()  # so that a process which ends is noticed
+        pipes[name] = ours
+    prepared = {name: pipe.recv() for name, pipe in pipes.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    for _ in range(rounds):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            seconds[name].append(pipe.recv())
+    for pipe in pipes.values():
+        pipe.send(None)
+    for process in processes:
+        process.join()
+
+    rate = 2 * SIDE**3 / min(statistics.median(seconds[name]) for name in PRODUCTS)
+    results = {}
+    for name in names:
+        median = statistics.median(seconds[name])
+        ratios = [eager / own for eager, own in zip(seconds['PyTorch eager'], seconds[name], strict=True)]
+        results[name] = {
+            'seconds': median,
+            'speed': statistics.median(ratios),
+            'share_of_ceiling': case.flops / median / rate,
+            **prepared[name],
+            'rounds': seconds[name],
+        }
+    return {**as_json(case), 'ceiling_flops_per_second': rate, 'ways': results}
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    """For people: a row for every way of every case."""
+    shown = Table('case', 'way', 'ms', 'speed', 'of ceiling', 'compile s', 'memory MB')
+    for result in results:
+        case = str(Case(**{name: result[name] for name in ('model', 'size', 'batch', 'dtype', 'training')}))
+        for name, way in result['ways'].items():
+            bold = '[bold]' if name == 'Flax' else ''
+            figures = (1e3 * way['seconds'], way['speed'], 100 * way['share_of_ceiling'], way['compile_seconds'])
+            cells = [form.format(figure) for form, figure in zip(FORMS, figures, strict=True)]
+            shown.add_row(
+                case, f'{bold}{name}', *(f'{bold}{cell}' for cell in cells), f'{way["memory_bytes"] / 1e6:.0f}'
+            )
+            case = ''
+        shown.add_section()
+    return shown
+
+
+FORMS = ('{:.1f}', '{:.2f} x', '{:.0f} %', '{:.1f}')
+
+
+def draw(results: list[dict[str, Any]], target: Path) -> None:
+    """A bar for every way: how many times as fast as eager PyTorch it is."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.2 + 0.42 * len(results)), layout='constrained')
+    axes = figure.subplots()
+    colours = dict(zip(('torch.compile', 'fused attention', 'Flax'), ('#b0b7c3', '#7d8aa0', '#2563eb'), strict=True))
+    for row, result in enumerate(results):
+        shown = [name for name in colours if name in result['ways']]
+        for place, name in enumerate(shown):
+            axes.barh(row + 0.27 * (place - 1), result['ways'][name]['speed'], 0.25, color=colours[name])
+    labels = [
+        f'{result["model"]} {result["size"]}, batch {result["batch"]}, {result["dtype"]}'
+        f'{", training" if result["training"] else ""}'
+        for result in results
+    ]
+    axes.set_yticks(range(len(results)), labels)
+    axes.invert_yaxis()
+    axes.axvline(1, color='black', linewidth=1)
+    axes.set_xlabel('speed, PyTorch eager = 1')
+    for name, colour in colours.items():
+        axes.barh(0, 0, color=colour, label=name)
+    axes.legend(loc='lower right')
+    axes.spines[['top', 'right']].set_visible(False)
+    figure.savefig(target, dpi=110)
+
+
+@click.command()
+@click.option('--quick', is_flag=True, help='The smallest case of each model, to see that it runs.')
+@click.option('--rounds', type=click.IntRange(1), default=9, show_default=True, help='Of all ways in turn, per case.')
+@click.option('--only', default='', help="Only cases whose name has this in it: 'S/16', 'training', 'DeepViT B/16'.")
+@click.option('--json', 'data', type=click.Path(path_type=Path), help='Write every measurement here.')
+@click.option('--picture', type=click.Path(path_type=Path), help='Write a picture of it here (.png, .svg).')
+def main(quick: bool, rounds: int, only: str, data: Path | None, picture: Path | None) -> None:
+    """Measure the port beside PyTorch: forward and training step, both models, four sizes."""
+    about = machine()
+    chosen = [case for case in cases(quick=quick, gpu=about['accelerator'] is not None) if only in str(case)]
+    results = []
+    for case in track(chosen, 'Measuring …', console=Console(stderr=True)):
+        results.append(measure(case, rounds))
+        if data:  # after every case: nothing measured is lost
+            data.write_text(json.dumps({'machine': about, 'cases': results}, indent=1))
+    console = Console()
+    console.print(table(results))
+    console.print(about)
+    if picture:
+        draw(results, picture)
+
+
+if __name__ == '__main__':
+    main()

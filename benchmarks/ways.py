@@ -1,0 +1,264 @@
+"""The ways to run a model that `benchmarks/speed.py` compares; each is run in a process of its own.
+
+A way is a function of a case that returns `call`, which does the work once and waits for its end. The work is a
+forward, or a training step: forward, cross-entropy, backward, AdamW. All ways have the same weights' shapes, the same
+images and the default settings of their frameworks.
+"""
+
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+SIZES: dict[str, dict[str, int]] = {
+    'README': {'image_size': 256, 'patch_size': 32, 'dim': 1024, 'depth': 6, 'heads': 16, 'mlp_dim': 2048},
+    'Ti/16': {'image_size': 224, 'patch_size': 16, 'dim': 192, 'depth': 12, 'heads': 3, 'mlp_dim': 768},
+    'S/16': {'image_size': 224, 'patch_size': 16, 'dim': 384, 'depth': 12, 'heads': 6, 'mlp_dim': 1536},
+    'B/16': {'image_size': 224, 'patch_size': 16, 'dim': 768, 'depth': 12, 'heads': 12, 'mlp_dim': 3072},
+}
+CLASSES = 1000
+BURST = 0.25  # seconds of calls at a stretch, so that no way meets another's cold caches
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run."""
+
+    model: str  # SimpleViT, DeepViT
+    size: str
+    batch: int
+    dtype: str
+    training: bool
+
+    def __str__(self) -> str:
+        work = 'training step' if self.training else 'forward'
+        return f'{self.model} {self.size}, batch {self.batch}, {self.dtype}, {work}'
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the matrix products; of a training step three times the forward's."""
+        size = SIZES[self.size]
+        dim, heads, patch = size['dim'], size['heads'], size['patch_size']
+        deep = self.model == 'DeepViT'
+        patches = (size['image_size'] // patch) ** 2
+        tokens = patches + deep
+        inner_dim = 64 * heads
+        linear = tokens * dim * (4 * inner_dim + 2 * size['mlp_dim'])
+        attention = tokens**2 * (2 * inner_dim + deep * heads**2)
+        forward = 2 * self.batch * (size['depth'] * (linear + attention) + patches * 3 * patch**2 * dim + dim * CLASSES)
+        return forward * (3 if self.training else 1)
+
+
+def torch_module(case: Case) -> Any:
+    """vit-pytorch's module and the images (batch, channels, height, width), on the GPU if there is one."""
+    import torch
+    import vit_pytorch.deepvit
+    import vit_pytorch.simple_vit
+
+    torch.manual_seed(0)
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    package = vit_pytorch.deepvit if case.model == 'DeepViT' else vit_pytorch.simple_vit
+    dtype = getattr(torch, case.dtype)
+    module = getattr(package, case.model)(num_classes=CLASSES, **SIZES[case.size]).to(device, dtype)
+    side = SIZES[case.size]['image_size']
+    return module, torch.randn(case.batch, 3, side, side, device=device, dtype=dtype)
+
+
+def torch_work(case: Case, prepare: Callable[[Any], Any]) -> Callable[[], None]:
+    """The case in PyTorch; `prepare` makes the module into what is called."""
+    import torch
+
+    module, images = torch_module(case)
+    model = prepare(module.train(case.training))
+    labels = torch.zeros(case.batch, dtype=torch.long, device=images.device)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    def call() -> None:
+        step() if case.training else forward()
+        if images.is_cuda:
+            torch.cuda.synchronize()
+
+    return call
+
+
+def eager(case: Case) -> Callable[[], None]:
+    """PyTorch, as vit-pytorch comes."""
+    return torch_work(case, lambda module: module)
+
+
+def compiled(case: Case) -> Callable[[], None]:
+    """PyTorch with `torch.compile`."""
+    import torch
+
+    return torch_work(case, torch.compile)
+
+
+def fused(case: Case) -> Callable[[], None]:
+    """PyTorch with its fused attention, which can replace SimpleViT's; re-attention needs the maps."""
+    import torch
+    from einops import rearrange
+
+    def prepare(module: Any) -> Any:
+        def forward(self: Any, x: Any) -> Any:
+            qkv = self.to_qkv(self.norm(x)).chunk(3, dim=-1)
+            q, k, v = (rearrange(part, 'b n (h d) -> b h n d', h=self.heads) for part in qkv)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))
+
+        for attention, _ in module.transformer.layers:
+            attention.forward = forward.__get__(attention)
+        return module
+
+    return torch_work(case, prepare)
+
+
+def flax(case: Case) -> Callable[[], None]:
+    """The port, under `jax.jit`."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import flax_vit
+
+    dtype = jnp.dtype(case.dtype)
+    model = getattr(flax_vit, case.model)(num_classes=CLASSES, dtype=dtype, param_dtype=dtype, **SIZES[case.size])
+    side = SIZES[case.size]['image_size']
+    images = jax.random.normal(jax.random.key(0), (case.batch, side, side, 3), dtype)
+    labels = jnp.zeros(case.batch, int)
+    variables = jax.jit(model.init)(jax.random.key(1), images)
+    optimizer = optax.adamw(1e-4)
+    state = [variables, optimizer.init(variables)] if case.training else []
+    forward = jax.jit(model.apply)
+
+    def loss(variables: Any) -> jax.Array:
+        logits: Any = model.apply(variables, images, train=True)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    def update(variables: Any, moments: Any) -> Any:
+        updates, moments = optimizer.update(jax.grad(loss)(variables), moments, variables)
+        return optax.apply_updates(variables, updates), moments
+
+    step = jax.jit(update, donate_argnums=(0, 1))
+
+    def call() -> None:
+        if case.training:
+            state[:] = jax.block_until_ready(step(*state))
+        else:
+            forward(variables, images).block_until_ready()
+
+    return call
+
+
+SIDE = 2048  # of the square matrices that the ceiling is measured with
+
+
+def torch_product(case: Case) -> Callable[[], None]:
+    """A large matrix product in PyTorch."""
+    import torch
+
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    square = torch.randn(SIDE, SIDE, device=device, dtype=getattr(torch, case.dtype))
+
+    def call() -> None:
+        square @ square
+        if square.is_cuda:
+            torch.cuda.synchronize()
+
+    return call
+
+
+def jax_product(case: Case) -> Callable[[], None]:
+    """A large matrix product in JAX."""
+    import jax
+
+    square = jax.random.normal(jax.random.key(0), (SIDE, SIDE), case.dtype)
+    product = jax.jit(lambda square: square @ square)
+    return lambda: product(square).block_until_ready()
+
+
+WAYS: dict[str, Callable[[Case], Callable[[], None]]] = {
+    'PyTorch eager': eager,
+    'torch.compile': compiled,
+    'fused attention': fused,
+    'Flax': flax,
+}
+PRODUCTS = {'product, PyTorch': torch_product, 'product, JAX': jax_product}
+
+
+def memory_peak() -> int:
+    """Bytes: of the GPU where there is one, else the process's peak of resident memory."""
+    import sys
+
+    torch, jax = sys.modules.get('torch'), sys.modules.get('jax')
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    statistics_of_device = jax.devices()[0].memory_stats() if jax is not None else None
+    if statistics_of_device:
+        return statistics_of_device['peak_bytes_in_use']
+    status = Path('/proc/self/status').read_text()
+    return 1024 * int(re.search(r'VmHWM:\s*(\d+)', status)[1])  # type: ignore[index]
+
+
+def work(connection: Connection, way: str, case: Case) -> None:
+    """Serve one way: report its first calls, then a burst each time one is asked for, until None is."""
+    import os
+
+    os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
+    call = {**WAYS, **PRODUCTS}[way](case)
+    gc.collect()
+    Path('/proc/self/clear_refs').write_text('5')  # the peak so far is forgotten
+    before = memory_peak()
+    start = time.perf_counter()
+    call()
+    first = time.perf_counter() - start
+    start = time.perf_counter()
+    call()
+    second = time.perf_counter() - start
+    connection.send({'compile_seconds': max(first - second, 0.0), 'memory_bytes': memory_peak() - before})
+    while connection.recv():
+        times = []
+        end = time.perf_counter() + BURST
+        while not times or time.perf_counter() < end:
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        connection.send(statistics.median(times))
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import importlib.metadata
+    import os
+    import platform
+
+    import jax
+
+    info = Path('/proc/cpuinfo')
+    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')]
+    versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'torch', 'vit-pytorch', 'numpy')}
+    return {
+        'processor': (names or [platform.processor()])[0],
+        'cores': os.cpu_count(),
+        'accelerator': jax.devices()[0].device_kind if jax.default_backend() != 'cpu' else None,
+        'python': platform.python_version(),
+        'versions': versions,
+    }
+
+
+def as_json(case: Case) -> dict[str, Any]:
+    """A case and its operations."""
+    return {**asdict(case), 'flops': case.flops}
