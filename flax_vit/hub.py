@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 from flax_vit.card import card
-from flax_vit.folder import CARD, CONFIG, WEIGHTS, check_hashes, is_weights, read_config
+from flax_vit.folder import CARD, CONFIG, check_hashes, is_weights, read_config
 
 
 def local_folder(
@@ -22,15 +22,21 @@ def local_folder(
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
         raise FileNotFoundError(f"{name} is neither a folder here nor a name on the Hugging Face Hub ('owner/name').")
     hub = _huggingface_hub()
-    wanted = [CONFIG, WEIGHTS.format('*')]
     try:
-        return Path(hub.snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=wanted))
-    except (hub.errors.RepositoryNotFoundError, hub.errors.RevisionNotFoundError, FileNotFoundError) as error:
+        config = Path(hub.hf_hub_download(name, CONFIG, revision=revision, cache_dir=cache_dir))
+        commit, files = config.parent.name, [file['file'] for file in read_config(config.parent)['weights']]
+        copy = hub.snapshot_download(name, revision=commit, cache_dir=cache_dir, allow_patterns=[CONFIG, *files])
+    except (
+        hub.errors.RepositoryNotFoundError,
+        hub.errors.RevisionNotFoundError,
+        hub.errors.EntryNotFoundError,
+    ) as error:
         at = f' at the revision {revision}' if revision else ''
         raise FileNotFoundError(
-            f'{name} is no folder here, and the Hugging Face Hub did not give it{at} (a private one needs '
-            f'`hf auth login`): {str(error).strip().splitlines()[0]}'
+            f'{name} is no folder here, and the Hugging Face Hub did not give it{at}: {type(error).__name__}. '
+            'A private one needs `hf auth login`.'
         ) from error
+    return Path(copy)
 
 
 def push_to_hub(

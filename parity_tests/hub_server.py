@@ -15,11 +15,13 @@ Files = dict[str, bytes]
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Each repository is its commits, oldest first: (hash, files by path)."""
+    """Each repository is its commits, oldest first: (hash, files by path).
+
+    All files are taken as parts of a commit; how the real hub takes big ones is the library's affair.
+    """
 
     protocol_version = 'HTTP/1.1'
     commits: ClassVar[dict[str, list[tuple[str, Files]]]] = defaultdict(list)
-    objects: ClassVar[dict[str, bytes]] = {}  # what is uploaded beside git, by sha256
     downloads: ClassVar[list[str]] = []
 
     def do_POST(self) -> None:
@@ -30,24 +32,16 @@ class Hub(BaseHTTPRequestHandler):
             if not self.commits[name]:
                 self.commits[name].append((digest(name.encode()), {}))
             self.answer({'url': f'{self.address}/{name}'})
-        elif self.path.endswith('/objects/batch'):
-            asked = [{'oid': item['oid'], 'size': item['size']} for item in json.loads(body)['objects']]
-            for item in asked:
-                item['actions'] = {'upload': {'href': f'{self.address}/objects/{item["oid"]}'}}
-            self.answer({'transfer': 'basic', 'objects': asked})
+        elif self.path == '/api/validate-yaml':  # the header of README.md
+            self.answer({'errors': [], 'warnings': []})
         elif '/preupload/' in self.path:
-            modes = [
-                {
-                    'path': path,
-                    'uploadMode': 'lfs' if path.endswith('.safetensors') else 'regular',
-                    'shouldIgnore': False,
-                }
-                for path in (file['path'] for file in json.loads(body)['files'])
-            ]
-            self.answer({'files': modes})
+            paths = [file['path'] for file in json.loads(body)['files']]
+            self.answer({'files': [{'path': path, 'uploadMode': 'regular', 'shouldIgnore': False} for path in paths]})
         elif match := re.fullmatch(r'/api/models/([^/]+/[^/]+)/commit/main', self.path):
             commit = self.commit(match[1], [json.loads(line) for line in body.splitlines()])
             self.answer({'commitUrl': f'{self.address}/{match[1]}/commit/{commit}', 'commitOid': commit})
+        else:
+            self.answer({'error': 'not found'}, 404)
 
     def commit(self, name: str, lines: list[dict[str, Any]]) -> str:
         files = dict(self.commits[name][-1][1])
@@ -55,18 +49,11 @@ class Hub(BaseHTTPRequestHandler):
             value = line['value']
             if line['key'] == 'file':
                 files[value['path']] = base64.b64decode(value['content'])
-            elif line['key'] == 'lfsFile':
-                files[value['path']] = self.objects[value['oid']]
             elif line['key'] == 'deletedFile':
                 del files[value['path']]
         commit = digest(json.dumps([self.commits[name][-1][0], sorted(files)]).encode())
         self.commits[name].append((commit, files))
         return commit
-
-    def do_PUT(self) -> None:
-        data = self.rfile.read(int(self.headers['Content-Length']))
-        self.objects[self.path.split('/')[-1]] = data
-        self.answer({})
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -88,6 +75,8 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({'id': match[1], 'sha': commit, 'siblings': [{'rfilename': path} for path in files]})
         elif match[2] == 'tree':
             self.answer([tree_entry(path, data) for path, data in files.items()])
+        elif match[4] not in files:
+            self.answer({'error': 'Entry not found'}, 404, {'X-Error-Code': 'EntryNotFound'})
         else:
             data = files[match[4]]
             if self.command == 'GET':
@@ -130,7 +119,7 @@ def digest(data: bytes) -> str:
 @contextmanager
 def serving() -> Iterator[tuple[str, type[Hub]]]:
     """An empty hub: its address, and what it holds."""
-    hub = type('FreshHub', (Hub,), {'commits': defaultdict(list), 'objects': {}, 'downloads': []})
+    hub = type('FreshHub', (Hub,), {'commits': defaultdict(list), 'downloads': []})
     server = ThreadingHTTPServer(('127.0.0.1', 0), hub)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from hub_server import serving
 from test_pretrained import MODELS, variables_of
@@ -16,14 +17,14 @@ from flax_vit import from_pretrained, push_to_hub, save_pretrained
 from flax_vit.folder import read_config
 
 CLIENT = """
-import sys
+import hashlib
 import jax
 import numpy as np
 import flax_vit
 
 def total(name, **more):
     model, variables = flax_vit.from_pretrained(name, **more)
-    return type(model).__name__, float(sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(variables)))
+    return type(model).__name__, float(sum(np.abs(np.asarray(leaf)).sum() for leaf in jax.tree.leaves(variables)))
 
 def error(name, **more):
     try:
@@ -34,8 +35,14 @@ def error(name, **more):
 ONLINE = """
 first = flax_vit.push_to_hub('old', 'someone/vit').split('/')[-1]
 flax_vit.push_to_hub('new', 'someone/vit', commit_message='better')
-print(total('someone/vit'), total('someone/vit', revision=first), total('someone/vit', cache_dir='elsewhere'), sep='\\n')
-print(error('someone/else'), error('someone/vit', revision='v9'), first, sep='\\n')
+print(total('someone/vit'))
+print(total('someone/vit', revision=first))
+print(total('someone/vit', cache_dir='elsewhere'))
+print(first)
+print(error('someone/else'))
+print(error('someone/vit', revision='v9'))
+print(error('someone/vit', revision=hashlib.sha1(b'someone/vit').hexdigest()))  # before anything was published
+print(error('google/vit'))
 """
 
 
@@ -49,13 +56,16 @@ def client(script: str, folder: pathlib.Path, **environment: str) -> list[str]:
         capture_output=True,
         text=True,
         check=False,
+        timeout=120,
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout.splitlines()
 
 
 def total(model: Any, variables: Any) -> str:
-    return str((type(model).__name__, float(sum(abs(leaf).sum() for leaf in jax.tree.leaves(variables)))))
+    return str(
+        (type(model).__name__, float(sum(np.abs(np.asarray(leaf)).sum() for leaf in jax.tree.leaves(variables))))
+    )
 
 
 def test_published_and_read(tmp_path: pathlib.Path) -> None:
@@ -63,13 +73,20 @@ def test_published_and_read(tmp_path: pathlib.Path) -> None:
     save_pretrained(tmp_path / 'old', old, variables_of(old), max_shard_size=9000)
     save_pretrained(tmp_path / 'new', new, variables_of(new), source={'from': 'training'}, max_shard_size=9000)
     with serving() as (address, hub):
-        now, before, elsewhere, missing, unknown, first = client(ONLINE, tmp_path, HF_ENDPOINT=address)
+        foreign = {'config.json': b'{"model_type": "vit"}', 'model-00001-of-00002.safetensors': b'...'}
+        hub.commits['google/vit'] = [('0' * 40, foreign)]
+        now, before, elsewhere, first, *errors = client(ONLINE, tmp_path, HF_ENDPOINT=address)
     assert now == elsewhere == total(*from_pretrained(tmp_path / 'new'))
     assert before == total(*from_pretrained(tmp_path / 'old'))
-    assert missing.startswith(
-        'FileNotFoundError: someone/else is no folder here, and the Hugging Face Hub did not give'
+    expected = (
+        'FileNotFoundError: someone/else is no folder here, and the Hugging Face Hub did not give it: Repository',
+        'FileNotFoundError: someone/vit is no folder here, and the Hugging Face Hub did not give it at the revision v9',
+        'FileNotFoundError: someone/vit is no folder here',
+        'ValueError: ',
     )
-    assert unknown.startswith('FileNotFoundError') and 'at the revision v9' in unknown
+    for error, words in zip(errors, expected, strict=True):
+        assert error.startswith(words), error
+    assert 'config.json is not the configuration of a model' in errors[-1]
 
     (_, nothing), (oid, published), (_, latest) = hub.commits['someone/vit']
     assert (nothing, oid) == ({}, first)
@@ -77,7 +94,7 @@ def test_published_and_read(tmp_path: pathlib.Path) -> None:
     on_disk = {path.name: path.read_bytes() for path in (tmp_path / 'new').iterdir()}
     assert latest == on_disk  # the weights of the first are gone
     assert len(read_config(tmp_path / 'new')['weights']) > 1
-    assert 'README.md' not in hub.downloads
+    assert not {'README.md', 'model-00001-of-00002.safetensors'} & set(hub.downloads)
 
     script = "print(total('someone/vit'), error('someone/else'), sep='\\n')"
     again, missing = client(script, tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE='1')  # and nobody serves any more
