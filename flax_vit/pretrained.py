@@ -120,7 +120,7 @@ def from_pretrained(
     with a PretrainedWarning. No other field may change the parameters' shapes.
 
     With a `mesh`, each parameter is split over its devices as `sharding_rules` say (see `flax_vit.sharding`); what
-    goes to a device is read from the file for it alone, so that no host and no device holds the whole model.
+    goes to a device is read from the file for it alone, so that no device, and of several hosts none, has the whole model.
 
     `check=False` leaves out the comparison of the files with the saved sha256, for which they are read whole; it is
     also left out, unless asked for, when the mesh spans several hosts.

@@ -1,7 +1,8 @@
-"""What test_sharding.py runs in processes of their own: one with 8 devices, or two with 2 each. Prints JSON.
+"""What tests run in processes of their own: one with 8 devices, or two with 2 each. Prints JSON.
 
 python on_devices.py eight FOLDER…
 python on_devices.py process NUMBER PORT FOLDER
+python on_devices.py restore CHECKPOINTS FOLDER
 """
 
 import json
@@ -18,6 +19,7 @@ import optax
 from flax.traverse_util import flatten_dict
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1 as orbax
 from safetensors import safe_open
 
 from flax_vit import from_pretrained, shardings
@@ -28,6 +30,9 @@ def main(task: str, *arguments: str) -> None:
         jax.config.update('jax_num_cpu_devices', 8)
         jax.config.update('jax_enable_x64', True)
         facts: Any = {folder: eight(folder) for folder in arguments} | {'changed': changed(arguments[-1])}
+    elif task == 'restore':
+        jax.config.update('jax_num_cpu_devices', 8)
+        facts = restore(*arguments)
     else:
         number, port, folder = arguments
         jax.config.update('jax_num_cpu_devices', 2)
@@ -137,6 +142,30 @@ def process(folder: str) -> dict[str, Any]:
         'checked': checked,
         'logits': np.asarray(logits).tolist(),
     }
+
+
+def restore(checkpoints: str, folder: str) -> dict[str, Any]:
+    """The latest training state onto a mesh of 2 x 4; saved again from there, as the next step."""
+    mesh = mesh_of(2, 4)
+    model, _ = from_pretrained(folder)
+    shapes = jax.eval_shape(lambda: training_state(model))
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(shapes, mesh),
+    )
+    with orbax.training.Checkpointer(checkpoints) as checkpointer:
+        state = checkpointer.load(abstract_state=placed)
+        checkpointer.save_async(2, state)
+    return {'parameters': placement(state['variables']), 'moments': placement(state['optimizer'][0].mu)}
+
+
+def training_state(model: Any) -> dict[str, Any]:
+    """All there is to go on with: variables, moments (after one step, so that they are not zero), step, random key."""
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    optimizer = optax.adamw(1e-3)
+    _, state = optimizer.update(variables, optimizer.init(variables), variables)
+    return {'variables': variables, 'optimizer': state, 'step': jnp.asarray(1), 'key': jax.random.key(5)}
 
 
 def flat(tree: Any) -> dict[str, Any]:

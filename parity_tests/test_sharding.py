@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from test_pretrained import variables_of
+from on_devices import training_state
+from orbax.checkpoint import v1 as orbax
+from test_pretrained import assert_equal, variables_of
 
 from flax_vit import DeepViT, SimpleViT, from_pretrained, save_pretrained, shardings
 from flax_vit.pretrained import param_shapes
@@ -167,3 +169,25 @@ def test_a_mesh_that_does_not_fit(one: Mesh, folders: dict[str, pathlib.Path]) -
     explicit = Mesh(one.devices, ('data', 'model'), axis_types=(AxisType.Explicit,) * 2)
     with pytest.raises(ValueError, match=r'leave them to the compiler\. Make it with axis_types=.*Auto,\) \* 2'):
         from_pretrained(folders['simple'], mesh=explicit)
+
+
+def test_a_training_state_moves_between_one_device_and_eight(
+    tmp_path: pathlib.Path,
+) -> None:
+    model = MODELS['deep'].clone(param_dtype=np.dtype('float32'))
+    save_pretrained(tmp_path / 'vit', model, variables_of(model))
+    state = jax.jit(training_state, static_argnums=0)(model)
+    with orbax.training.Checkpointer(tmp_path / 'states') as checkpointer:
+        checkpointer.save_async(1, state)
+    facts = result(start('restore', str(tmp_path / 'states'), str(tmp_path / 'vit')))
+    for tree in ('parameters', 'moments'):
+        assert facts[tree]['params/transformer/layers_0_0/to_qkv/kernel']['piece'] == [[32, 24]]
+        assert facts[tree]['params/transformer/layers_0_1/net_1/bias']['pieces'] == 4
+
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), state)
+    with orbax.training.Checkpointer(tmp_path / 'states') as checkpointer:
+        assert checkpointer.latest.step == 2
+        back = checkpointer.load(abstract_state=shapes)
+    assert jax.random.key_data(back.pop('key')).tolist() == jax.random.key_data(state.pop('key')).tolist()
+    assert_equal(back, state)
