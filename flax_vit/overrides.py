@@ -44,8 +44,7 @@ def changes(saved: Shapes, wanted: Shapes, overrides: Mapping[str, Any]) -> Chan
     """
     different = {path for path in saved.keys() | wanted.keys() if saved.get(path) != wanted.get(path)}
     head = {path for path in different if path.startswith(HEADS)}
-    resized = POSITIONS in different and saved[POSITIONS][2] == wanted[POSITIONS][2]
-    problems = sorted(different - head - ({POSITIONS} if resized else set()))
+    problems = sorted(different - head - {POSITIONS})
     if problems:
         fields = ', '.join(f'{name}={value!r}' for name, value in overrides.items())
         lines = [
@@ -55,7 +54,7 @@ def changes(saved: Shapes, wanted: Shapes, overrides: Mapping[str, Any]) -> Chan
             f'The saved parameters do not fit a model with {fields}; only num_classes and image_size may change their '
             'shapes:\n' + '\n'.join(lines)
         )
-    return Changes(frozenset(wanted.keys() - head), frozenset(head & wanted.keys()), resized)
+    return Changes(frozenset(wanted.keys() - head), frozenset(head & wanted.keys()), POSITIONS in different)
 
 
 def initial(

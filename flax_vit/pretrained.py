@@ -119,8 +119,8 @@ def from_pretrained(
     `model.init` with `key` (a JAX random key) would, and 0 none; another `image_size` resizes DeepViT's positions; both
     with a PretrainedWarning. No other field may change the parameters' shapes.
 
-    With a `mesh`, each parameter is split over its devices as `sharding_rules` say (see `flax_vit.sharding`); what
-    goes to a device is read from the file for it alone, so that no device, and of several hosts none, has the whole model.
+    With a `mesh`, each parameter is split over its devices as `sharding_rules` say (see `flax_vit.sharding`). What goes
+    to a device is read from the file for it alone: no device, and of several hosts none, ever has the whole model.
 
     `check=False` leaves out the comparison of the files with the saved sha256, for which they are read whole; it is
     also left out, unless asked for, when the mesh spans several hosts.
