@@ -57,9 +57,7 @@ def changes(saved: Shapes, wanted: Shapes, overrides: Mapping[str, Any]) -> Chan
     return Changes(frozenset(wanted.keys() - head), frozenset(head & wanted.keys()), POSITIONS in different)
 
 
-def initial(
-    model: nn.Module, paths: Collection[str], key: Array, shardings: Mapping[str, Any] | None
-) -> dict[str, Array]:
+def initial(model: nn.Module, paths: Collection[str], key: Array, shardings: Mapping[str, Any]) -> dict[str, Array]:
     """The parameters at these paths as `model.init(key, …)` gives them; of the others, none is computed."""
     images = jnp.zeros((1, *pair(model.image_size), model.channels))
 
@@ -67,5 +65,4 @@ def initial(
         flat = {'/'.join(path): array for path, array in flatten_dict(model.init(key, images)).items()}
         return {path: flat[path] for path in paths}
 
-    placed = {path: shardings[path] for path in paths} if shardings else None
-    return jax.jit(init, out_shardings=placed)(key)
+    return jax.jit(init, out_shardings={path: shardings[path] for path in paths})(key)

@@ -161,13 +161,13 @@ def from_pretrained(
             weights[POSITIONS] = resize_positions(weights[POSITIONS][:], model.image_size // model.patch_size)
         flat = {
             path: _place(weights[path], wanted[path], jnp.dtype(cast or dtypes[path]), placed[path])
-            for path in plan.kept
+            for path in sorted(plan.kept)
         }
     if plan.new:
         flat |= initial(model, plan.new, jax.random.key(0) if key is None else key, placed)
     for note in notes:
         warnings.warn(note, PretrainedWarning, stacklevel=2)
-    return model, unflatten_dict({tuple(path.split('/')): flat[path] for path in sorted(flat)})
+    return model, unflatten_dict(flat, sep='/')
 
 
 def read_golden(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as orbax
 from safetensors import safe_open
 
-from flax_vit import from_pretrained, shardings
+from flax_vit import from_pretrained, save_pretrained, shardings
 
 
 def main(task: str, *arguments: str) -> None:
@@ -131,6 +132,9 @@ def process(folder: str) -> dict[str, Any]:
         from_pretrained(folder, mesh=mesh, check=True)
     except ValueError as error:
         checked = str(error)
+    gathered = process_allgather(variables, tiled=True)
+    if jax.process_index() == 0:
+        save_pretrained(f'{folder}-again', model, gathered)
     images = np.load(f'{folder}/../images.npy')
     whole = NamedSharding(mesh, P())
     spread = jax.make_array_from_callback(images.shape, whole, lambda index: images[index])

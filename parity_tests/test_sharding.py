@@ -139,6 +139,8 @@ def test_two_processes_read_only_their_slices(folders: dict[str, pathlib.Path]) 
         kernels = [path for path in whole if path.endswith('/kernel')]
         assert {path: facts['read'][path] for path in kernels} == {path: whole[path] // 2 for path in kernels}
         assert facts['read'].keys() == whole.keys()  # nothing else, such as golden arrays
+    with jax.enable_x64(True):
+        assert_equal(from_pretrained(f'{folder}-again')[1], variables)
 
 
 @pytest.fixture
