@@ -229,10 +229,13 @@ def _opened(folder: Path, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]
 def _place(part: Any, shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> jax.Array:
     """An array of `shape` whose pieces are `part[index]`, read and cast one by one for the devices they go to."""
     dtype = jax.dtypes.canonicalize_dtype(dtype)
+    pieces: dict[str, np.ndarray] = {}  # several devices may hold the same one
 
-    def read(index: Any) -> np.ndarray:
-        return part[index].astype(dtype, copy=False)
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in pieces:
+            pieces[str(index)] = part[index].astype(dtype, copy=False)
+        return pieces[str(index)]
 
     if sharding is None:
         return jnp.asarray(read((slice(None),) * len(shape)))
-    return jax.make_array_from_callback(shape, sharding, read)
+    return jax.make_array_from_callback(shape, sharding, read)  # type: ignore[arg-type]  # the index is never None

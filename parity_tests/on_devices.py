@@ -1,6 +1,6 @@
 """What tests run in processes of their own: one with 8 devices, or two with 2 each. Prints JSON.
 
-python on_devices.py eight FOLDER…
+python on_devices.py eight FOLDER
 python on_devices.py process NUMBER PORT FOLDER
 python on_devices.py restore CHECKPOINTS FOLDER
 """
@@ -9,6 +9,8 @@ import json
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -30,7 +32,7 @@ def main(task: str, *arguments: str) -> None:
     if task == 'eight':
         jax.config.update('jax_num_cpu_devices', 8)
         jax.config.update('jax_enable_x64', True)
-        facts: Any = {folder: eight(folder) for folder in arguments} | {'changed': changed(arguments[-1])}
+        facts = eight(*arguments)
     elif task == 'restore':
         jax.config.update('jax_num_cpu_devices', 8)
         facts = restore(*arguments)
@@ -52,7 +54,8 @@ def eight(folder: str) -> dict[str, Any]:
     """A model on a mesh of 2 x 4 beside the same on one device, in float64."""
     mesh = mesh_of(2, 4)
     model, alone = from_pretrained(folder)
-    _, spread = from_pretrained(folder, mesh=mesh)
+    with counted() as read:
+        _, spread = from_pretrained(folder, mesh=mesh)
     images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
     labels = jnp.arange(8) % 3
     on_data = NamedSharding(mesh, P('data'))
@@ -80,12 +83,14 @@ def eight(folder: str) -> dict[str, Any]:
         'trained': placement(trained),
         'moments': placement(state[0].mu),
         'same bits': same(alone, spread),
+        'read': sum(read.values()),
         'logits': relative(logits, apply(alone, images)),
         'step': max(jax.tree.leaves(jax.tree.map(relative, trained, expected))),
         'exchanged': {
             kind: re.findall(rf'f64\[([\d,]+)\]\S* {kind}\(', compiled)
             for kind in ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute')
         },
+        'changed': changed(folder),
     }
 
 
@@ -100,33 +105,8 @@ def changed(folder: str) -> dict[str, Any]:
 
 def process(folder: str) -> dict[str, Any]:
     """One of two processes; each has half of every split parameter, and reads no more than that."""
-    read: dict[str, int] = {}
-
-    class Counting:
-        """A file, or a slice of it, that counts the bytes it gives."""
-
-        def __init__(self, inner: Any, name: str = '') -> None:
-            self.inner, self.name = inner, name
-
-        def __enter__(self) -> 'Counting':
-            return Counting(self.inner.__enter__())
-
-        def __exit__(self, *error: Any) -> Any:
-            return self.inner.__exit__(*error)
-
-        def get_slice(self, name: str) -> 'Counting':
-            return Counting(self.inner.get_slice(name), name)
-
-        def __getitem__(self, index: Any) -> Any:
-            array = self.inner[index]
-            read[self.name] = read.get(self.name, 0) + array.nbytes
-            return array
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.inner, name)
-
     mesh = mesh_of(1, 4)
-    with patch('flax_vit.pretrained.safe_open', lambda *arguments, **more: Counting(safe_open(*arguments, **more))):
+    with counted() as read:
         model, variables = from_pretrained(folder, mesh=mesh)
     try:
         from_pretrained(folder, mesh=mesh, check=True)
@@ -170,6 +150,38 @@ def training_state(model: Any) -> dict[str, Any]:
     optimizer = optax.adamw(1e-3)
     _, state = optimizer.update(variables, optimizer.init(variables), variables)
     return {'variables': variables, 'optimizer': state, 'step': jnp.asarray(1), 'key': jax.random.key(5)}
+
+
+class Counting:
+    """A file of weights, or a slice of it, that notes in `read` how many bytes it gives of which array."""
+
+    def __init__(self, inner: Any, read: dict[str, int], name: str = '') -> None:
+        self.inner, self.read, self.name = inner, read, name
+
+    def __enter__(self) -> 'Counting':
+        return Counting(self.inner.__enter__(), self.read)
+
+    def __exit__(self, *error: Any) -> Any:
+        return self.inner.__exit__(*error)
+
+    def get_slice(self, name: str) -> 'Counting':
+        return Counting(self.inner.get_slice(name), self.read, name)
+
+    def __getitem__(self, index: Any) -> Any:
+        array = self.inner[index]
+        self.read[self.name] = self.read.get(self.name, 0) + array.nbytes
+        return array
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+@contextmanager
+def counted() -> Iterator[dict[str, int]]:
+    """The bytes that from_pretrained reads meanwhile, by array."""
+    read: dict[str, int] = {}
+    with patch('flax_vit.pretrained.safe_open', lambda *a, **more: Counting(safe_open(*a, **more), read)):
+        yield read
 
 
 def flat(tree: Any) -> dict[str, Any]:
