@@ -76,6 +76,7 @@ def save_pretrained(
         raise ValueError(f"The variables of a {name} are {{'params': …}}, not a dict of {sorted(variables)}.")
     flat = {'/'.join(path): array for path, array in flatten_dict(variables).items()}
     _check(_shapes(model), {path: np.shape(array) for path, array in flat.items()}, f'The variables of this {name}')
+    _check_dtypes({path: array.dtype.name for path, array in flat.items()}, f'The variables of this {name}')
     check_own(folder)
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,10 +147,8 @@ def from_pretrained(
     with _opened(folder, config) as arrays:
         weights = {path: part for path, part in arrays.items() if not path.startswith(GOLDEN)}
         _check(saved, {path: tuple(part.get_shape()) for path, part in weights.items()}, f'What {folder} holds')
-        dtypes = {path: DTYPES.get(part.get_dtype()) for path, part in weights.items()}
-        if None in dtypes.values():
-            strange = ', '.join(sorted(path for path, dtype in dtypes.items() if dtype is None))
-            raise ValueError(f'{folder}: parameters are {", ".join(DTYPES.values())}; {strange} are something else.')
+        dtypes = {path: DTYPES.get(part.get_dtype(), part.get_dtype()) for path, part in weights.items()}
+        _check_dtypes(dtypes, f'What {folder} holds')
         notes = plan.notes
         if 'float64' in dtypes.values() and cast is None and not jax.config.read('jax_enable_x64'):
             notes.append(
@@ -197,6 +196,12 @@ def _check(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[i
     ]
     if problems:
         raise ValueError(f'{what} are not the parameters of this model:\n' + '\n'.join(problems))
+
+
+def _check_dtypes(dtypes: Mapping[str, str], what: str) -> None:
+    strange = [f'  {path}: {dtype}' for path, dtype in sorted(dtypes.items()) if dtype not in DTYPES.values()]
+    if strange:
+        raise ValueError(f'{what} should be {", ".join(DTYPES.values())}; not so:\n' + '\n'.join(strange))
 
 
 def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
