@@ -57,7 +57,8 @@ def show_plan(inspection: Inspection) -> None:
 def show_converted(config: Mapping[str, Any]) -> None:
     """What a folder that `convert` wrote holds, and where it comes from."""
     fields = ', '.join(f'{name}={value!r}' for name, value in config['fields'].items() if value is not None)
-    _show_facts({'model': config['model'], 'fields': fields, 'sha256 of the weights': config['weights']['sha256']})
+    hashes = ', '.join(file['sha256'] for file in config['weights'])
+    _show_facts({'model': config['model'], 'fields': fields, 'sha256 of the weights': hashes})
     source = config['source'] or {}
     if 'verified' in source:
         source = source | {'verified': f'{source["verified"]["time"]}: {source["verified"]["verdict"]}'}

@@ -175,7 +175,8 @@ def _worst(rows: list[dict[str, Any]], key: str) -> dict[str, Any]:
 
 def _folder(folder: Path) -> dict[str, str]:
     weights = read_config(folder)['weights']
-    return {'folder': str(folder), 'weights': weights['file'], 'sha256': weights['sha256']}
+    names, hashes = (', '.join(file[key] for file in weights) for key in ('file', 'sha256'))
+    return {'folder': str(folder), 'weights': names, 'sha256': hashes}
 
 
 def _versions() -> dict[str, str]:

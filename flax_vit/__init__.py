@@ -1,16 +1,21 @@
 """vit-pytorch's DeepViT and SimpleViT as Flax modules."""
 
 from flax_vit.deep_vit import DeepViT
-from flax_vit.pretrained import from_pretrained, save_pretrained
+from flax_vit.hub import push_to_hub
+from flax_vit.pretrained import PretrainedWarning, from_pretrained, save_pretrained
+from flax_vit.sharding import shardings
 from flax_vit.simple_vit import SimpleViT
 from flax_vit.stacking import stack_layers, unstack_layers
 
 __all__ = [
     'DeepViT',
+    'PretrainedWarning',
     'SimpleViT',
     '__version__',
     'from_pretrained',
+    'push_to_hub',
     'save_pretrained',
+    'shardings',
     'stack_layers',
     'unstack_layers',
 ]

@@ -1,31 +1,54 @@
 """A model in a folder: `config.json` and the parameters in safetensors, for any JAX to read."""
 
-import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, PartitionSpec, Sharding
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from flax_vit.deep_vit import DeepViT
+from flax_vit.card import card
+from flax_vit.folder import (
+    CARD,
+    CONFIG,
+    MODELS,
+    PARTIAL,
+    WEIGHTS,
+    appearing_whole,
+    check_hashes,
+    check_own,
+    is_weights,
+    model_of,
+    new_config,
+    read_config,
+    sha256,
+)
+from flax_vit.hub import local_folder
 from flax_vit.layers import pair
-from flax_vit.simple_vit import SimpleViT
+from flax_vit.overrides import POSITIONS, changes, initial
+from flax_vit.resize import resize_positions
+from flax_vit.sharding import RULES, shardings
+from flax_vit.stacking import stacked, unstack_layers
 
-FORMAT = 'flax_vit 1'
-MODELS: Mapping[str, type[nn.Module]] = {'DeepViT': DeepViT, 'SimpleViT': SimpleViT}
+__all__ = ['appearing_whole', 'from_pretrained', 'param_shapes', 'read_config', 'read_golden', 'save_pretrained']
+
 GOLDEN = 'golden/'  # begins the names of arrays that are no parameters
-PARTIAL = '.incomplete'  # ends the name of a file that is being written
+DTYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # in safetensors' words
+
+
+class PretrainedWarning(UserWarning):
+    """The model is read, with something the caller should know: a new head, resized positions, a rounded dtype."""
 
 
 def save_pretrained(
@@ -35,11 +58,15 @@ def save_pretrained(
     *,
     source: Any = None,
     golden: Mapping[str, np.ndarray] | None = None,
+    max_shard_size: int = 5 * 10**9,
 ) -> None:
     """Write `model` and `variables` to `folder`, for `from_pretrained`.
 
-    Kept with them: `source` (JSON), which says where they come from, and `golden`, arrays to check the model by.
-    The configuration names the file of the weights and is replaced last, at once: whenever this is interrupted, the
+    Kept with them: `source` (JSON), which says where they come from and is also written out in `README.md`, a model
+    card; and `golden`, arrays to check the model by. A file of the weights has at most `max_shard_size` bytes, unless
+    a single array has more.
+
+    The configuration names the files of the weights and is replaced last, at once: whenever this is interrupted, the
     folder holds the old model or the new one. Raises ValueError when the variables are not the model's, and when the
     folder holds anything else than such a model.
     """
@@ -49,101 +76,116 @@ def save_pretrained(
         raise ValueError(f'save_pretrained takes a {" or a ".join(MODELS)}, not a {name}.')
     if set(variables) != {'params'}:
         raise ValueError(f"The variables of a {name} are {{'params': …}}, not a dict of {sorted(variables)}.")
+    if model.scan_layers:  # a folder always holds block after block
+        variables = unstack_layers(variables)
     flat = {'/'.join(path): array for path, array in flatten_dict(variables).items()}
-    _check(model, {path: np.shape(array) for path, array in flat.items()}, 'These variables')
-    _check_own(folder)
+    _check(
+        _shapes(model.clone(scan_layers=False)),
+        {path: np.shape(array) for path, array in flat.items()},
+        f'The variables of this {name}',
+    )
+    _check_dtypes({path: array.dtype.name for path, array in flat.items()}, f'The variables of this {name}')
+    check_own(folder)
 
     folder.mkdir(parents=True, exist_ok=True)
-    new = folder / 'model-new.safetensors'
     arrays = flat | {f'{GOLDEN}{name}': array for name, array in (golden or {}).items()}
-    with appearing_whole(new) as partial:
-        save_file({path: np.ascontiguousarray(array) for path, array in arrays.items()}, partial)
-    digest = _sha256(new)
-    weights = new.replace(folder / f'model-{digest[:12]}.safetensors')
-    config = {
-        'format': FORMAT,
-        'model': name,
-        'fields': {field: _to_json(getattr(model, field)) for field in _field_names(type(model))},
-        'weights': {'file': weights.name, 'sha256': digest},
-        'source': source,
-    }
-    with appearing_whole(folder / 'config.json') as partial:
+    hashes = {}
+    for names in _shards({path: array.nbytes for path, array in arrays.items()}, max_shard_size):
+        new = folder / WEIGHTS.format('new')
+        with appearing_whole(new) as partial:
+            save_file({path: np.ascontiguousarray(arrays[path]) for path in names}, partial)
+        digest = sha256(new)
+        hashes[new.replace(folder / WEIGHTS.format(digest[:12])).name] = digest
+    config = new_config(model, hashes, source)
+    (folder / CARD).unlink(missing_ok=True)  # before the model it speaks of is replaced
+    with appearing_whole(folder / CONFIG) as partial:
         partial.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-    for old in folder.glob('model-*.safetensors'):
-        if old != weights:
-            old.unlink()
+    if source is not None:
+        with appearing_whole(folder / CARD) as partial:
+            partial.write_text(card(config), encoding='utf-8')
+    for path in folder.iterdir():  # the old weights, and what a killed save has left
+        if path.suffix == PARTIAL or (is_weights(path.name) and path.name not in hashes):
+            path.unlink()
 
 
-def from_pretrained(folder: str | os.PathLike[str], **overrides: Any) -> tuple[nn.Module, dict[str, Any]]:
+def from_pretrained(
+    folder: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    sharding_rules: Sequence[tuple[str, PartitionSpec]] = RULES,
+    check: bool | None = None,
+    key: jax.Array | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **overrides: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
     """The model and the variables that `save_pretrained` wrote; neither torch nor the original checkpoint is needed.
 
-    `overrides` are fields of the model that leave the shapes as they are (`dtype`, `precision`, `dropout`, …);
-    `param_dtype` casts the parameters. Raises FileNotFoundError, and ValueError when the folder is not whole.
-    """
-    folder = Path(folder)
-    config = read_config(folder)
-    model_class = MODELS[config['model']]
-    stored = {name: _from_json(name, value) for name, value in config['fields'].items()}
-    strangers = sorted(set(overrides) - set(_field_names(model_class)))
-    if strangers:
-        raise ValueError(f'{model_class.__name__} has no field {", ".join(strangers)}.')
-    model = model_class(**stored | {name: _from_json(name, value) for name, value in overrides.items()})
+    `folder` may also be the name of such a model on the Hugging Face Hub, 'owner/name': `revision` is its branch, tag
+    or commit, `cache_dir` where to keep it.
 
-    weights = folder / config['weights']['file']
-    if _sha256(weights) != config['weights']['sha256']:
-        raise ValueError(f'{weights} is damaged: its sha256 is not the one in config.json.')
-    with safetensors.safe_open(weights, framework='flax') as file:
-        slices = {path: file.get_slice(path) for path in file.keys() if not path.startswith(GOLDEN)}  # noqa: SIM118
-        _check(model, {path: tuple(part.get_shape()) for path, part in slices.items()}, str(weights))
-        wide = any(part.get_dtype() == 'F64' for part in slices.values())
-        if wide and 'param_dtype' not in overrides and not jax.config.read('jax_enable_x64'):
-            warnings.warn(
+    `overrides` are fields of the model. `param_dtype` casts the parameters. Another `num_classes` gives a new head, as
+    `model.init` with `key` (a JAX random key) would, and 0 none; another `image_size` resizes DeepViT's positions; both
+    with a PretrainedWarning. No other field may change the parameters' shapes.
+
+    With a `mesh`, each parameter is split over its devices as `sharding_rules` say (see `flax_vit.sharding`). What goes
+    to a device is read from the file for it alone: no device, and of several hosts none, ever has the whole model.
+
+    `check=False` leaves out the comparison of the files with the saved sha256, for which they are read whole; it is
+    also left out, unless asked for, when the mesh spans several hosts.
+
+    Raises FileNotFoundError, and ValueError when the folder is not whole or the fields do not fit it.
+    """
+    folder = local_folder(folder, revision=revision, cache_dir=cache_dir)
+    config = read_config(folder)
+    model = model_of(config, overrides)
+    cast = model.param_dtype if 'param_dtype' in overrides else None
+    if cast is not None and jax.dtypes.canonicalize_dtype(cast) != cast:
+        raise ValueError(f"param_dtype={cast} is not to be had: jax.config.update('jax_enable_x64', True) first.")
+    saved_model = model_of(config)
+    saved = _shapes(saved_model.clone(scan_layers=model.scan_layers))
+    wanted = _shapes(model) if overrides else saved
+    plan = changes(saved, wanted, overrides)
+    placed: dict[str, Any] = dict.fromkeys(wanted)
+    if mesh is not None:
+        structs = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in wanted.items()}
+        placed = shardings(structs, mesh, sharding_rules)
+    if check or (check is None and not (mesh is not None and mesh.is_multi_process)):
+        check_hashes(folder, config)
+
+    with _opened(folder, config) as arrays:
+        weights = {path: part for path, part in arrays.items() if not path.startswith(GOLDEN)}
+        shapes = {path: tuple(part.get_shape()) for path, part in weights.items()}
+        _check(_shapes(saved_model.clone(scan_layers=False)), shapes, f'What {folder} holds')
+        dtypes = {path: DTYPES.get(part.get_dtype(), part.get_dtype()) for path, part in weights.items()}
+        _check_dtypes(dtypes, f'What {folder} holds')
+        notes = plan.notes
+        if 'float64' in dtypes.values() and cast is None and not jax.config.read('jax_enable_x64'):
+            notes.append(
                 "The float64 parameters are rounded to float32, because JAX's 64-bit mode is off; "
-                "jax.config.update('jax_enable_x64', True) keeps them.",
-                stacklevel=2,
+                "jax.config.update('jax_enable_x64', True) keeps them."
             )
             model = model.clone(param_dtype=jnp.float32)
-        dtype = model.param_dtype if 'param_dtype' in overrides else None
-        flat = {tuple(path.split('/')): jnp.asarray(file.get_tensor(path), dtype) for path in slices}
-    return model, unflatten_dict(flat)
+        if model.scan_layers:
+            weights, dtypes = _joined(weights, Stacked), _joined(dtypes, _common)
+        if plan.resized:
+            weights[POSITIONS] = resize_positions(weights[POSITIONS][:], model.image_size // model.patch_size)
+        flat = {
+            path: _place(weights[path], wanted[path], jnp.dtype(cast or dtypes[path]), placed[path])
+            for path in sorted(plan.kept)
+        }
+    if plan.new:
+        flat |= initial(model, plan.new, jax.random.key(0) if key is None else key, placed)
+    for note in notes:
+        warnings.warn(note, PretrainedWarning, stacklevel=2)
+    return model, unflatten_dict(flat, sep='/')
 
 
 def read_golden(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays that were kept to check the model in a folder by; none, when none were. Errors as of `read_config`."""
-    weights = Path(folder) / read_config(folder)['weights']['file']
-    with safetensors.safe_open(weights, framework='np') as file:
-        names = [name for name in file.keys() if name.startswith(GOLDEN)]  # noqa: SIM118
-        return {name.removeprefix(GOLDEN): file.get_tensor(name) for name in names}
-
-
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """The checked `config.json` of a folder. Raises FileNotFoundError, and ValueError when it is not one of ours."""
-    path = Path(folder) / 'config.json'
-    if not path.is_file():
-        raise FileNotFoundError(f'{path} does not exist: {folder} is no folder that save_pretrained finished.')
-    try:
-        config = json.loads(path.read_text(encoding='utf-8'))
-        own = config['format'] == FORMAT and config['model'] in MODELS
-        own = own and isinstance(config['fields'], dict) and _is_weights(config['weights']['file'])
-    except (ValueError, KeyError, TypeError):
-        own = False
-    if not own:
-        raise ValueError(f'{path} is not the configuration of a model that this version of flax_vit wrote.')
-    return config
-
-
-@contextmanager
-def appearing_whole(target: Path) -> Iterator[Path]:
-    """A path to write to; what is written appears at `target`, at once, when the block ends without an error."""
-    partial = target.with_name(target.name + PARTIAL)
-    partial.touch()
-    mode = partial.stat().st_mode
-    try:
-        yield partial
-        partial.chmod(mode)  # safetensors would keep its files from other users
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    with _opened(Path(folder), read_config(folder)) as arrays:
+        golden = {path: part[:] for path, part in arrays.items() if path.startswith(GOLDEN)}
+    return {path.removeprefix(GOLDEN): array for path, array in golden.items()}
 
 
 def param_shapes(model: nn.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
@@ -153,51 +195,85 @@ def param_shapes(model: nn.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct
     return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images)['params'])
 
 
-def _check(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    expected = {'/'.join(('params', *path)): shape.shape for path, shape in param_shapes(model).items()}
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The same as they are written in a file."""
+    return {'/'.join(('params', *path)): shape.shape for path, shape in param_shapes(model).items()}
+
+
+def _check(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
     problems = [
         f'  {path}: the shape is {shapes.get(path, "missing")}, expected {expected.get(path, "nothing")}'
         for path in sorted(expected.keys() | shapes.keys())
         if shapes.get(path) != expected.get(path)
     ]
     if problems:
-        raise ValueError(f'{what} are not the parameters of this {type(model).__name__}:\n' + '\n'.join(problems))
+        raise ValueError(f'{what} are not the parameters of this model:\n' + '\n'.join(problems))
 
 
-def _check_own(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f'{folder} is a file; a model is saved to a folder.')
-    others = [path.name for path in folder.iterdir() if not _is_weights(path.name) and path.suffix != PARTIAL]
-    if others == ['config.json']:
-        read_config(folder)
-    elif others:
-        raise ValueError(f'{folder} holds other files ({", ".join(sorted(others)[:3])}); give a new or empty folder.')
+def _check_dtypes(dtypes: Mapping[str, str], what: str) -> None:
+    strange = [f'  {path}: {dtype}' for path, dtype in sorted(dtypes.items()) if dtype not in DTYPES.values()]
+    if strange:
+        raise ValueError(f'{what} should be {", ".join(DTYPES.values())}; not so:\n' + '\n'.join(strange))
 
 
-def _is_weights(name: str) -> bool:
-    return name.startswith('model-') and name.endswith('.safetensors') and Path(name).name == name
+def _shards(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """The names in order, in groups whose sizes add up to at most `limit`; what is larger is alone."""
+    shards: list[list[str]] = [[]]
+    full = 0
+    for name, size in sizes.items():
+        if shards[-1] and full + size > limit:
+            shards.append([])
+            full = 0
+        shards[-1].append(name)
+        full += size
+    return shards
 
 
-def _field_names(model_class: type[nn.Module]) -> list[str]:
-    return [field.name for field in fields(model_class) if field.name not in {'parent', 'name'}]
+@contextmanager
+def _opened(folder: Path, config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """All arrays of the mapped files, by name; what is sliced is read."""
+    with ExitStack() as stack:
+        arrays: dict[str, Any] = {}
+        for file in config['weights']:
+            try:
+                opened = stack.enter_context(safe_open(folder / file['file'], framework='np'))
+            except SafetensorError as error:
+                raise ValueError(f'{folder / file["file"]} is damaged: {error}') from error
+            arrays |= {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        yield arrays
 
 
-def _to_json(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, tuple):
-        return [_to_json(item) for item in value]
-    return value.name if isinstance(value, jax.lax.Precision) else jnp.dtype(value).name
+@dataclass(frozen=True)
+class Stacked:
+    """One array of every block, read as one with a first axis more."""
+
+    parts: Sequence[Any]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return np.stack([part[index[1:]] for part in self.parts[index[0]]])
 
 
-def _from_json(name: str, value: Any) -> Any:
-    if name in {'dtype', 'param_dtype'} and value is not None:
-        return jnp.dtype(value)
-    return tuple(value) if isinstance(value, list) else value
+def _joined(values: Mapping[str, Any], join: Callable[[Sequence[Any]], Any]) -> dict[str, Any]:
+    """By path, with one value for all blocks."""
+    flat = {tuple(path.split('/')): value for path, value in values.items()}
+    return {'/'.join(path): value for path, value in stacked(flat, lambda _, blocks: join(blocks)).items()}
 
 
-def _sha256(path: Path) -> str:
-    with path.open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+def _common(dtypes: Sequence[str]) -> str:
+    """The dtype of arrays that are stacked."""
+    return jnp.result_type(*dtypes).name
+
+
+def _place(part: Any, shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> jax.Array:
+    """An array of `shape` whose pieces are `part[index]`, read and cast one by one for the devices they go to."""
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    pieces: dict[str, np.ndarray] = {}  # several devices may hold the same one
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        if str(index) not in pieces:
+            pieces[str(index)] = part[index].astype(dtype, copy=False)
+        return pieces[str(index)]
+
+    if sharding is None:
+        return jnp.asarray(read((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, read)  # type: ignore[arg-type]  # the index is never None

@@ -1,7 +1,7 @@
 """Parameters one block after another, as in PyTorch, or stacked over the depth, as `scan_layers` has them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,26 +18,14 @@ def stack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
     depth. Any tree with the parameters' names will do (gradients, moments of an optimizer). Raises ValueError when
     blocks are missing or differ.
     """
-    flat: dict[Path, Any] = {}
-    blocks: dict[Path, dict[int, Any]] = {}
-    for path, array in flatten_dict(variables).items():
-        block, stacked = _stacked(path)
-        if block is None:
-            flat[path] = array
-        else:
-            blocks.setdefault(stacked, {})[block] = array
-    depth = max((len(arrays) for arrays in blocks.values()), default=0)
-    for path, arrays in blocks.items():
-        kinds = sorted({f'{np.shape(array)} {array.dtype}' for array in arrays.values()})
-        if sorted(arrays) != list(range(depth)) or len(kinds) > 1:
-            raise ValueError(
-                f'{"/".join(path)} cannot be stacked: all {depth} blocks must have it, in one shape and dtype; '
-                f'found in the blocks {sorted(arrays)}, as {", ".join(kinds)}.'
-            )
-        ordered = [arrays[block] for block in range(depth)]
-        numpy = all(isinstance(array, np.ndarray) for array in ordered)
-        flat[path] = np.stack(ordered) if numpy else jnp.stack(ordered)
-    return unflatten_dict(flat)
+
+    def stack(path: Path, arrays: Sequence[Any]) -> Any:
+        kinds = sorted({f'{np.shape(array)} {array.dtype}' for array in arrays})
+        if len(kinds) > 1:
+            raise ValueError(f'{"/".join(path)} of the blocks cannot be stacked: it is {", ".join(kinds)}.')
+        return np.stack(arrays) if all(isinstance(array, np.ndarray) for array in arrays) else jnp.stack(arrays)
+
+    return unflatten_dict(stacked(flatten_dict(variables), stack))
 
 
 def unstack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,8 +41,31 @@ def unstack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
     return unflatten_dict(flat)
 
 
-def _stacked(path: Path) -> tuple[int | None, Path]:
-    """The block of an unstacked parameter, or None, and its path when stacked."""
+def stacked(flat: Mapping[Path, Any], stack: Callable[[Path, Sequence[Any]], Any]) -> dict[Path, Any]:
+    """What belongs to a block, by path, put together by `stack(path, one for each block)`; the rest as it is.
+
+    ValueError unless every block has the same.
+    """
+    result: dict[Path, Any] = {}
+    blocks: dict[Path, dict[int, Any]] = {}
+    for path, value in flat.items():
+        block, target = _target(path)
+        if block is None:
+            result[path] = value
+        else:
+            blocks.setdefault(target, {})[block] = value
+    depth = max((len(values) for values in blocks.values()), default=0)
+    for path, values in blocks.items():
+        if sorted(values) != list(range(depth)):
+            raise ValueError(
+                f'{"/".join(path)} cannot be stacked: all {depth} blocks must have it, not only {sorted(values)}.'
+            )
+        result[path] = stack(path, [values[block] for block in range(depth)])
+    return result
+
+
+def _target(path: Path) -> tuple[int | None, Path]:
+    """The block that an unstacked path belongs to, or None, and the path when stacked."""
     for at, name in enumerate(path):
         match = re.fullmatch(r'layers_(\d+)_(\d+)', name)
         if match:

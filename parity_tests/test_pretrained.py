@@ -1,7 +1,9 @@
 """Folders: what save_pretrained writes, from_pretrained reads, at any moment and whatever else is there."""
 
+import contextlib
 import json
 import pathlib
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -10,10 +12,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import flax_vit.pretrained
 from flax_vit import DeepViT, SimpleViT, from_pretrained, save_pretrained
+from flax_vit.folder import read_config
+from flax_vit.pretrained import read_golden
 
 MODELS = {
     'simple': SimpleViT(image_size=(8, 12), patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=20),
@@ -42,7 +46,7 @@ def test_what_is_saved_is_read(name: str, dtype: str, tmp_path: pathlib.Path) ->
     read, read_variables = from_pretrained(tmp_path / 'out')
     assert read == model
     assert_equal(read_variables, variables)
-    assert flax_vit.pretrained.read_config(tmp_path / 'out')['source'] == {'from': 'here'}
+    assert read_config(tmp_path / 'out')['source'] == {'from': 'here'}
 
 
 def test_float64_is_kept_or_said_to_be_rounded(tmp_path: pathlib.Path) -> None:
@@ -62,8 +66,6 @@ def test_overrides(tmp_path: pathlib.Path) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float16')}
     with pytest.raises(ValueError, match='DeepViT has no field colour'):
         from_pretrained(tmp_path, colour='red')
-    with pytest.raises(ValueError, match=r'params/mlp_head_1/kernel: the shape is \(16, 3\), expected \(16, 7\)'):
-        from_pretrained(tmp_path, num_classes=7)
 
 
 def test_one_model_replaces_another(tmp_path: pathlib.Path) -> None:
@@ -76,24 +78,105 @@ def test_one_model_replaces_another(tmp_path: pathlib.Path) -> None:
     }
 
 
-@pytest.mark.parametrize('step', ['save_file', '_sha256', 'json.dumps'])
-def test_an_interrupted_save_leaves_the_old_model(
-    step: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old = variables_of(MODELS['simple'], 0)
-    save_pretrained(tmp_path, MODELS['simple'], old)
+class Kill:
+    """Ends a save before its n-th change of the disk, and lets nothing be mended after that."""
 
+    def __init__(self, patch: pytest.MonkeyPatch, after: int) -> None:
+        self.left, self.dead = after, False
+        for owner, name in [(pathlib.Path, name) for name in ('touch', 'write_text', 'chmod', 'replace', 'unlink')] + [
+            (flax_vit.pretrained, 'save_file')
+        ]:
+            patch.setattr(owner, name, self.counted(getattr(owner, name)))
+
+    def counted(self, change: Any) -> Any:
+        def counting(*arguments: Any, **more: Any) -> Any:
+            self.left -= 1
+            self.dead = self.left < 0
+            if self.dead:
+                raise KeyboardInterrupt
+            return change(*arguments, **more)
+
+        return counting
+
+
+def test_a_save_killed_at_any_moment_leaves_the_old_model_or_the_new(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (variables_of(MODELS[name]) for name in ('simple', 'deep'))
+    seen = []
+    for moment in range(99):
+        folder = tmp_path / str(moment)
+        save_pretrained(folder, MODELS['simple'], old, source={'from': 'old'}, max_shard_size=9000)
+        with monkeypatch.context() as patch:
+            kill = Kill(patch, moment)
+            with contextlib.suppress(KeyboardInterrupt):
+                save_pretrained(folder, MODELS['deep'], new, source={'from': 'new'}, max_shard_size=9000)
+        model, variables = from_pretrained(folder)
+        name = 'deep' if isinstance(model, DeepViT) else 'simple'
+        assert model == MODELS[name]
+        assert_equal(variables, {'simple': old, 'deep': new}[name])
+        card = folder / 'README.md'
+        assert not card.exists() or type(model).__name__ in card.read_text()
+        seen.append(name)
+        save_pretrained(folder, MODELS['simple'], old)  # nothing left is in the way
+        assert len(list(folder.iterdir())) == 2
+        if not kill.dead:
+            break
+    assert seen == sorted(seen, reverse=True)
+    assert seen.count('simple') > 10
+    assert seen.count('deep') > 3
+
+
+def test_a_save_that_fails_cleans_up(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_arguments: Any, **_more: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(f'flax_vit.pretrained.{step}', interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            save_pretrained(tmp_path, MODELS['simple'], variables_of(MODELS['simple'], 1))
-    assert_equal(from_pretrained(tmp_path)[1], old)
-    assert not list(tmp_path.glob('*.incomplete'))
-    save_pretrained(tmp_path, MODELS['simple'], variables_of(MODELS['simple'], 2))  # nothing left is in the way
-    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(flax_vit.pretrained, 'save_file', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(tmp_path, MODELS['simple'], variables_of(MODELS['simple']))
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_in_several_files(tmp_path: pathlib.Path) -> None:
+    model, variables = MODELS['deep'], variables_of(MODELS['deep'])
+    golden = {'images': np.arange(6.0)}
+    save_pretrained(tmp_path, model, variables, golden=golden, max_shard_size=2000)
+    files = [tmp_path / file['file'] for file in read_config(tmp_path)['weights']]
+    assert len(files) > 3
+    assert sorted(files) == sorted(tmp_path.glob('model-*'))
+    contents = [load_file(file) for file in files]
+    sizes = [sum(array.nbytes for array in arrays.values()) for arrays in contents]
+    assert all(size <= 2000 or len(arrays) == 1 for size, arrays in zip(sizes, contents, strict=True))
+    assert all(one + other > 2000 for one, other in pairwise(sizes))
+    assert_equal(from_pretrained(tmp_path)[1], variables)
+    assert np.array_equal(read_golden(tmp_path)['images'], golden['images'])
+    save_pretrained(tmp_path, model, variables)
+    assert len(list(tmp_path.glob('model-*'))) == 1
+
+
+def test_the_first_format_is_still_read(tmp_path: pathlib.Path) -> None:
+    variables = variables_of(MODELS['simple'])
+    save_pretrained(tmp_path, MODELS['simple'], variables)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    (weights,) = config['weights']
+    (tmp_path / 'config.json').write_text(json.dumps(config | {'format': 'flax_vit 1', 'weights': weights}))
+    assert read_config(tmp_path)['weights'] == [weights]
+    assert_equal(from_pretrained(tmp_path)[1], variables)
+
+
+def test_the_card_says_what_is_known(tmp_path: pathlib.Path) -> None:
+    source = {'files': {'a|b`c.pt': 'ab12'}, 'key': None, 'dtypes': ['float32'], 'layout': {'id': 'D2'}}
+    verified = {'time': '2030-01-01', 'verdict': 'they agree.', 'criterion': 'right within 1.', 'parts': [1, 2]}
+    save_pretrained(tmp_path, MODELS['deep'], variables_of(MODELS['deep']), source=source | {'verified': verified})
+    card = (tmp_path / 'README.md').read_text()
+    (digest,) = (file['sha256'] for file in read_config(tmp_path)['weights'])
+    header = ('library_name: flax_vit', 'pipeline_tag: image-classification')
+    origin = ('| `files` | `` a\\|b`c.pt ``: `ab12` |', '2030-01-01: they agree. The measure: right within 1.')
+    for words in (*header, *origin, f'`{digest}`', '| `pool` | `mean` |', '(batch, 8, 8, 3) -> logits (batch, 3)'):
+        assert words in card, words
+    assert 'parts' not in card
+    save_pretrained(tmp_path, MODELS['deep'], variables_of(MODELS['deep']))
+    assert not (tmp_path / 'README.md').exists()  # a card of another model would be false
 
 
 def test_other_peoples_files_are_left_alone(tmp_path: pathlib.Path) -> None:
@@ -106,6 +189,10 @@ def test_other_peoples_files_are_left_alone(tmp_path: pathlib.Path) -> None:
     (tmp_path / 'hub' / 'config.json').write_text('{"model_type": "vit"}')
     with pytest.raises(ValueError, match='not the configuration of a model'):
         save_pretrained(tmp_path / 'hub', MODELS['simple'], variables)
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes' / 'README.md').write_text('mine')
+    with pytest.raises(ValueError, match=r'holds other files .README\.md'):
+        save_pretrained(tmp_path / 'notes', MODELS['simple'], variables)
     with pytest.raises(ValueError, match='is a file'):
         save_pretrained(tmp_path / 'folder' / 'thesis.txt', MODELS['simple'], variables)
     assert (tmp_path / 'folder' / 'thesis.txt').read_text() == 'years of work'
@@ -117,6 +204,9 @@ def test_wrong_variables_are_not_saved(tmp_path: pathlib.Path) -> None:
         save_pretrained(tmp_path / 'out', MODELS['simple'], variables['params'])
     with pytest.raises(ValueError, match='linear_head/bias'):
         save_pretrained(tmp_path / 'out', MODELS['simple'].clone(num_classes=4), variables)
+    whole = jax.tree.map(lambda array: array.astype(np.int8), variables)
+    with pytest.raises(ValueError, match=r'should be float64, .*; not so:\n  params/linear_head/bias: int8'):
+        save_pretrained(tmp_path / 'out', MODELS['simple'], whole)
     with pytest.raises(ValueError, match='takes a DeepViT or a SimpleViT, not a Dense'):
         save_pretrained(tmp_path / 'out', nn.Dense(3), variables)
     assert not (tmp_path / 'out').exists()
@@ -132,11 +222,41 @@ def test_damage_is_noticed(tmp_path: pathlib.Path) -> None:
     weights.write_bytes(data)
     with pytest.raises(ValueError, match='is damaged'):
         from_pretrained(tmp_path)
+    assert np.isfinite(jax.tree.leaves(from_pretrained(tmp_path, check=False)[1])[0]).all()
+    weights.write_bytes(data[:-1])
+    with pytest.raises(ValueError, match='is damaged'):
+        from_pretrained(tmp_path, check=False)
     config = json.loads((tmp_path / 'config.json').read_text())
-    for change in ({'format': 'flax_vit 99'}, {'model': 'ViT'}, {'weights': {'file': '../model-x.safetensors'}}):
+    (file,) = config['weights']
+    changes: list[dict[str, Any]] = [
+        {'format': 'flax_vit 99'},
+        {'model': 'ViT'},
+        {'fields': {'colour': 'red'}},
+        {'weights': []},
+        {'weights': [file | {'file': '../model-x.safetensors'}]},
+        {'weights': [{'file': file['file']}]},
+    ]
+    for change in changes:
         (tmp_path / 'config.json').write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match='not the configuration'):
             from_pretrained(tmp_path)
+
+
+def test_what_a_folder_holds_is_checked(tmp_path: pathlib.Path) -> None:
+    model = MODELS['simple']
+    save_pretrained(tmp_path, model, variables_of(model))
+    (weights,) = tmp_path.glob('model-*.safetensors')
+    arrays = load_file(weights)
+    bias = 'params/linear_head/bias'
+    for wrong, words in (
+        (arrays | {'params/colour': np.zeros(3, np.float32)}, r'params/colour: the shape is \(3,\), expected nothing'),
+        ({path: array for path, array in arrays.items() if path != bias}, f'{bias}: the shape is missing'),
+        (arrays | {bias: np.zeros(4, np.float32)}, rf'{bias}: the shape is \(4,\), expected \(3,\)'),
+        (arrays | {bias: np.zeros(3, np.int32)}, rf'(?s)should be float64, .*; not so:.*{bias}: I32'),
+    ):
+        save_file(wrong, weights)
+        with pytest.raises(ValueError, match=words):
+            from_pretrained(tmp_path, check=False)
 
 
 def test_the_weights_are_plain_safetensors(tmp_path: pathlib.Path) -> None:

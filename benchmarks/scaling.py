@@ -1,0 +1,166 @@
+"""What the options are for: memory against the number of tokens, compile time against the depth.
+
+    python benchmarks/scaling.py [--json FILE] [--picture FILE]
+
+Tokens: one S/16-wide block of each model; the memory that XLA plans for temporaries of the compiled forward and of its
+gradient, with the attention map held whole and in chunks of queries, and the time where the map fits. Depth: the time
+to compile the forward and the training step of small models, layer by layer, scanned, and scanned with remat.
+"""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import rich_click as click
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from ways import machine
+
+import flax_vit
+
+CHUNK = 256  # queries
+SIDES = (16, 32, 64, 128)  # of the grid of patches: 256 to 16,384 patches
+FITS = 4 * 2**30  # bytes of temporaries that are run, too, and not only compiled
+DEPTHS = (8, 64)
+
+
+def build(name: str, **fields: Any) -> Any:
+    """A model, the shapes of its variables and of one image."""
+    model = getattr(flax_vit, name)(num_classes=10, **fields)
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
+    return model, jax.eval_shape(model.init, jax.random.key(0), images), images
+
+
+def gradient(model: Any) -> Any:
+    """The gradient of a loss by the variables."""
+
+    def loss(variables: Any, images: Any) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(
+            model.apply(variables, images, train=True), jnp.zeros(len(images), int)
+        ).mean()
+
+    return jax.grad(loss)
+
+
+def filled(shapes: Any) -> Any:
+    """Random arrays of these shapes."""
+    return jax.tree.map(lambda shape: 0.1 * jax.random.normal(jax.random.key(0), shape.shape), shapes)
+
+
+def tokens(name: str, side: int, chunk: int | None, repetitions: int) -> dict[str, Any]:
+    """Memory and seconds of the forward and its gradient, with `side` x `side` patches."""
+    fields = {'image_size': 2 * side, 'patch_size': 2, 'dim': 384, 'depth': 1, 'heads': 6, 'mlp_dim': 1536}
+    model, variables, images = build(name, **fields, query_chunk_size=chunk)
+    row: dict[str, Any] = {'model': name, 'tokens': side**2 + (name == 'DeepViT'), 'chunk': chunk}
+    for what, function in {'forward': model.apply, 'gradient': gradient(model)}.items():
+        compiled = jax.jit(function).lower(variables, images).compile()
+        memory = compiled.memory_analysis().temp_size_in_bytes
+        row[f'{what}_bytes'] = memory
+        row[f'{what}_seconds'] = None
+        if memory <= FITS:
+            arguments = filled((variables, images))
+            seconds = []
+            for _ in range(repetitions + 1):
+                start = time.perf_counter()
+                jax.block_until_ready(compiled(*arguments))
+                seconds.append(time.perf_counter() - start)
+            row[f'{what}_seconds'] = statistics.median(seconds[1:])
+    return row
+
+
+def compilation(name: str, depth: int, **options: bool) -> dict[str, Any]:
+    """Seconds to trace and compile the forward and the training step at a depth."""
+    fields = {'image_size': 32, 'patch_size': 8, 'dim': 64, 'depth': depth, 'heads': 4, 'mlp_dim': 128}
+    model, variables, images = build(name, **fields, **options)
+    optimizer = optax.adamw(1e-4)
+
+    def step(variables: Any, moments: Any, images: Any) -> Any:
+        updates, moments = optimizer.update(gradient(model)(variables, images), moments, variables)
+        return optax.apply_updates(variables, updates), moments
+
+    moments = jax.eval_shape(optimizer.init, variables)
+    row: dict[str, Any] = {'model': name, 'depth': depth, **options}
+    for what, function, arguments in (
+        ('forward', model.apply, (variables, images)),
+        ('step', step, (variables, moments, images)),
+    ):
+        start = time.perf_counter()
+        jax.jit(function).lower(*arguments).compile()
+        row[f'{what}_seconds'] = time.perf_counter() - start
+    return row
+
+
+def show(console: Console, by_tokens: list[dict[str, Any]], by_depth: list[dict[str, Any]]) -> None:
+    """Two tables."""
+
+    def cell(value: float | None, form: str) -> str:
+        return '-' if value is None else form.format(value)
+
+    memory = Table('model', 'tokens', 'queries at once', 'forward MiB', 'forward s', 'gradient MiB', 'gradient s')
+    for row in by_tokens:
+        figures = [
+            cell(row[f'{what}_{kind}'] and row[f'{what}_{kind}'] / unit, form)
+            for what in ('forward', 'gradient')
+            for kind, unit, form in (('bytes', 2**20, '{:,.0f}'), ('seconds', 1, '{:.2f}'))
+        ]
+        memory.add_row(row['model'], f'{row["tokens"]:,}', str(row['chunk'] or 'all'), *figures)
+    console.print(memory)
+    depth = Table('model', 'depth', 'options', 'forward: compile s', 'training step: compile s')
+    for row in by_depth:
+        options = ', '.join(name for name in ('scan_layers', 'remat') if row.get(name)) or 'none'
+        times = [f'{row[f"{what}_seconds"]:.2f}' for what in ('forward', 'step')]
+        depth.add_row(row['model'], str(row['depth']), options, *times)
+    console.print(depth)
+
+
+def draw(by_tokens: list[dict[str, Any]], target: Path) -> None:
+    """Memory against tokens, both axes by powers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout='constrained')
+    axes = figure.subplots()
+    for name, colour in {'DeepViT': '#2563eb', 'SimpleViT': '#7d8aa0'}.items():
+        for chunk, style in ((None, '--'), (CHUNK, '-')):
+            rows = [row for row in by_tokens if (row['model'], row['chunk']) == (name, chunk)]
+            label = f'{name}, {"whole map" if chunk is None else f"query_chunk_size={chunk}"}'
+            sizes = [row['forward_bytes'] / 2**20 for row in rows]
+            axes.loglog([row['tokens'] for row in rows], sizes, style, marker='o', color=colour, label=label)
+    axes.set_xlabel('tokens')
+    axes.set_ylabel('temporary memory of a forward, MiB')
+    axes.legend()
+    axes.spines[['top', 'right']].set_visible(False)
+    figure.savefig(target, dpi=110)
+
+
+@click.command()
+@click.option('--quick', is_flag=True, help='Few tokens, little depth, to see that it runs.')
+@click.option('--repetitions', type=click.IntRange(1), default=3, show_default=True)
+@click.option('--json', 'data', type=click.Path(path_type=Path), help='Write every measurement here.')
+@click.option('--picture', type=click.Path(path_type=Path), help='Write memory against tokens here (.png, .svg).')
+def main(quick: bool, repetitions: int, data: Path | None, picture: Path | None) -> None:
+    """Measure memory against tokens, and compile time against depth."""
+    sides, depths = (SIDES[:1], (1, 2)) if quick else (SIDES, DEPTHS)
+    models = ('SimpleViT', 'DeepViT')
+    console = Console(stderr=True)
+    grid = [(name, side, chunk) for name in models for side in sides for chunk in (None, CHUNK)]
+    by_tokens = [tokens(*which, repetitions) for which in track(grid, 'Tokens …', console=console)]
+    ways: list[dict[str, bool]] = [{}, {'scan_layers': True}, {'scan_layers': True, 'remat': True}]
+    stack = [(name, depth, options) for name in models for options in ways for depth in depths]
+    by_depth = [
+        compilation(name, depth, **options) for name, depth, options in track(stack, 'Depth …', console=console)
+    ]
+    show(Console(), by_tokens, by_depth)
+    if data:
+        data.write_text(json.dumps({'machine': machine(), 'tokens': by_tokens, 'depth': by_depth}, indent=1))
+    if picture:
+        draw(by_tokens, picture)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,61 @@
+"""The page that goes with a folder of a model: what it is, how to use it, where it comes from."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+USE = """```python
+import flax_vit
+
+model, variables = flax_vit.from_pretrained('this/folder')  # or its name on the Hugging Face Hub, 'owner/name'
+outputs = model.apply(variables, images)  # {inputs} -> {outputs}
+```"""
+
+
+def card(config: Mapping[str, Any]) -> str:
+    """The model card, in Markdown with the Hugging Face Hub's header, of a checked `config.json`."""
+    fields = config['fields']
+    size = fields['image_size']
+    height, width = size if isinstance(size, list) else (size, size)
+    classes = fields['num_classes']
+    task = 'pipeline_tag: image-classification' if classes else 'pipeline_tag: image-feature-extraction'
+    use = USE.format(
+        inputs=f'floats (batch, {height}, {width}, {fields["channels"]})',
+        outputs=f'logits (batch, {classes})' if classes else f'features (batch, {fields["dim"]})',
+    )
+    parts = [
+        '---\n' + '\n'.join(['library_name: flax_vit', task, 'tags:', '- flax', '- jax', '- vit-pytorch']) + '\n---',
+        f'# {config["model"]}',
+        f"vit-pytorch's {config['model']}, as a Flax module of flax_vit.",
+        use,
+        '## Fields',
+        _table('field', 'value', fields),
+    ]
+    if isinstance(config['source'], dict):
+        source = dict(config['source'])
+        verified = source.pop('verified', None)
+        parts += ['## Where it comes from', _table('fact', 'value', source)]
+        if isinstance(verified, dict) and {'time', 'verdict', 'criterion'} <= set(verified):  # a certificate
+            parts += [
+                '## Verified',
+                f'{verified["time"]}: {verified["verdict"]} The measure: {verified["criterion"]} '
+                'All figures are in `config.json`; `flax-vit verify` on this folder takes the measure again, '
+                'without PyTorch.',
+            ]
+    hashes = {file['file']: file['sha256'] for file in config['weights']}
+    parts += ['## Weights', _table('file', 'sha256', hashes)]
+    return '\n\n'.join(parts) + '\n'
+
+
+def _table(name: str, value: str, rows: Mapping[str, Any]) -> str:
+    lines = [f'| {name} | {value} |', '|---|---|']
+    return '\n'.join(lines + [f'| {_code(key)} | {_code(item)} |' for key, item in rows.items() if item is not None])
+
+
+def _code(value: Any) -> str:
+    """Any value as one line of code in a table's cell; names of files and tensors come from strangers."""
+    if isinstance(value, Mapping):
+        return '<br>'.join(f'{_code(key)}: {_code(item)}' for key, item in value.items())
+    text = ' '.join(str(value).split()).replace('|', '\\|')
+    fence = '`' * (1 + max(map(len, re.findall('`+', text)), default=0))
+    return f'{fence} {text} {fence}' if '`' in text else f'`{text}`'

@@ -1,0 +1,68 @@
+"""Other fields than the saved ones: which parameters stay, which are new, which are resized."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from jax import Array
+
+from flax_vit.layers import pair
+
+HEADS = ('params/linear_head', 'params/mlp_head')  # begin the paths of what num_classes changes
+POSITIONS = 'params/pos_embedding'
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What becomes of a folder's parameters in a model with other fields, by path."""
+
+    kept: frozenset[str]  # with the saved shape; the positions too, if they are resized
+    new: frozenset[str]
+    resized: bool  # the positions are
+
+    @property
+    def notes(self) -> list[str]:
+        """What the caller should know."""
+        notes = []
+        if self.new:
+            notes.append(f'The head is new and untrained ({", ".join(sorted(self.new))}); `key` gives other values.')
+        if self.resized:
+            notes.append(f'{POSITIONS} is resized to the new image_size, bicubic; fine-tune, or check what it costs.')
+        return notes
+
+
+def changes(saved: Shapes, wanted: Shapes, overrides: Mapping[str, Any]) -> Changes:
+    """From the saved parameters to those of the model with `overrides`.
+
+    ValueError when that takes more than another head or, of DeepViT, another number of positions.
+    """
+    different = {path for path in saved.keys() | wanted.keys() if saved.get(path) != wanted.get(path)}
+    head = {path for path in different if path.startswith(HEADS)}
+    problems = sorted(different - head - {POSITIONS})
+    if problems:
+        fields = ', '.join(f'{name}={value!r}' for name, value in overrides.items())
+        lines = [
+            f'  {path}: saved {saved.get(path, "nothing")}, needed {wanted.get(path, "nothing")}' for path in problems
+        ]
+        raise ValueError(
+            f'The saved parameters do not fit a model with {fields}; only num_classes and image_size may change their '
+            'shapes:\n' + '\n'.join(lines)
+        )
+    return Changes(frozenset(wanted.keys() - head), frozenset(head & wanted.keys()), POSITIONS in different)
+
+
+def initial(model: nn.Module, paths: Collection[str], key: Array, shardings: Mapping[str, Any]) -> dict[str, Array]:
+    """The parameters at these paths as `model.init(key, …)` gives them; of the others, none is computed."""
+    images = jnp.zeros((1, *pair(model.image_size), model.channels))
+
+    def init(key: Array) -> dict[str, Array]:
+        flat = {'/'.join(path): array for path, array in flatten_dict(model.init(key, images)).items()}
+        return {path: flat[path] for path in paths}
+
+    return jax.jit(init, out_shardings={path: shardings[path] for path in paths})(key)

@@ -1,0 +1,72 @@
+"""How the parameters lie on many devices: rules as data, and the shardings that they give."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+# The first rule whose pattern is found in a parameter's path counts. It says how the trailing axes are split, so that
+# it also holds where blocks are stacked along a leading axis; what no rule names is whole on every device. Batches go
+# over the mesh's axis 'data', of which no parameter knows.
+#
+# In a feed-forward the first matrix is split by columns and the second by rows: each device has some hidden units, and
+# the one exchange is the sum after the second. An attention would be the same if to_qkv's columns were split by heads.
+# They run over (qkv, head, dim_head), as in PyTorch's file, and a split of that axis cuts across the three; so the
+# compiler gathers to_qkv's activations, once for each block, and goes on with whole heads per device up to the sum
+# after to_out. (Splitting its rows would cost a sum of the same activations, twice that. DeepViT's re-attention mixes
+# heads, for which the attention maps are gathered too.)
+#
+# Between the blocks activations are whole: the patch projection ends with a sum, hence its rows, and the head takes
+# whole features, hence its columns. The other way round, the compiler would split the features everywhere, and exchange
+# something for every LayerNorm.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r'to_patch_embedding_\d/kernel$', PartitionSpec('model', None)),
+    (r'to_qkv/kernel$', PartitionSpec(None, 'model')),
+    (r'to_out(_0)?/kernel$', PartitionSpec('model', None)),
+    (r'net_1/kernel$', PartitionSpec(None, 'model')),
+    (r'net_1/bias$', PartitionSpec('model')),
+    (r'net_[34]/kernel$', PartitionSpec('model', None)),
+    (r'(linear|mlp)_head(_1)?/kernel$', PartitionSpec(None, 'model')),
+)
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = RULES) -> Any:
+    """A tree of shardings for a tree of arrays, or of their shapes: variables, or a whole training state.
+
+    `rules` are pairs of a regular expression and the split of the trailing axes. An axis that the mesh does not divide
+    stays whole; so does an array with fewer axes than its rule. Raises ValueError when a rule names an axis that the
+    mesh does not have, or when the mesh does not leave the layout to the compiler.
+    """
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(
+            f'{mesh} asks for explicit shardings; the models leave them to the compiler. Make it with '
+            f'axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}.'
+        )
+    named = {name for _, spec in rules for entry in spec for name in _axes(entry)}
+    if not named <= set(mesh.axis_names):
+        raise ValueError(
+            f'The rules split over {sorted(named)}; the axes of this mesh are {list(mesh.axis_names)}. Name its axes '
+            'so (one may have the size 1), or give other rules; () splits nothing.'
+        )
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        spec = next((spec for pattern, spec in rules if re.search(pattern, name)), PartitionSpec())
+        leading = len(leaf.shape) - len(spec)
+        if leading < 0:
+            return NamedSharding(mesh, PartitionSpec())
+        split = [
+            entry if size % math.prod(mesh.shape[axis] for axis in _axes(entry)) == 0 else None
+            for size, entry in zip(leaf.shape, (None,) * leading + tuple(spec), strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*split))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of the mesh that an entry of a PartitionSpec names."""
+    return (entry,) if isinstance(entry, str) else entry or ()
