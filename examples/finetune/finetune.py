@@ -54,7 +54,7 @@ def starting_point(name: str, start: str, image_size: int, folder: Path, seed: i
     model, variables = convert.from_torch(checkpoint_path(name), **FIELDS[name])
     if start == 'scratch':
         model = model.clone(num_classes=CLASSES, image_size=image_size)
-        return model, model.init(jax.random.key(seed), jnp.zeros((1, image_size, image_size, 1)))
+        return model, jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, image_size, image_size, 1)))
     flax_vit.save_pretrained(folder, model, variables)
     return flax_vit.from_pretrained(folder, num_classes=CLASSES, image_size=image_size)
 
@@ -145,15 +145,14 @@ def fit(
     curve: Curve = []
     with ocp.CheckpointManager(folder.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2)) as checkpoints:
         if (newest := checkpoints.latest_step()) is not None:
-            saved = checkpoints.restore(
-                newest, args=ocp.args.Composite(state=ocp.args.StandardRestore(state), run=ocp.args.JsonRestore())
-            )
-            if saved.run['settings'] != settings:
+            run = checkpoints.restore(newest, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
+            if run['settings'] != settings:
                 raise ValueError(
-                    f'{folder} holds a run with other settings, {saved.run["settings"]} instead of {settings}: '
+                    f'{folder} holds a run with other settings, {run["settings"]} instead of {settings}: '
                     'go on with those, or give another folder.'
                 )
-            state, curve = saved.state, saved.run['curve']
+            curve = run['curve']
+            state = checkpoints.restore(newest, args=ocp.args.Composite(state=ocp.args.StandardRestore(state))).state
 
         start, window = int(state.step), []
         task = progress.add_task(folder.parent.name, total=steps, completed=start, figures=words(curve))
