@@ -44,8 +44,7 @@ def changes(saved: Shapes, wanted: Shapes, overrides: Mapping[str, Any]) -> Chan
     """
     different = {path for path in saved.keys() | wanted.keys() if saved.get(path) != wanted.get(path)}
     head = {path for path in different if path.startswith(HEADS)}
-    resized = POSITIONS in different and saved[POSITIONS][2] == wanted[POSITIONS][2]
-    problems = sorted(different - head - ({POSITIONS} if resized else set()))
+    problems = sorted(different - head - {POSITIONS})
     if problems:
         fields = ', '.join(f'{name}={value!r}' for name, value in overrides.items())
         lines = [
@@ -55,12 +54,10 @@ def changes(saved: Shapes, wanted: Shapes, overrides: Mapping[str, Any]) -> Chan
             f'The saved parameters do not fit a model with {fields}; only num_classes and image_size may change their '
             'shapes:\n' + '\n'.join(lines)
         )
-    return Changes(frozenset(wanted.keys() - head), frozenset(head & wanted.keys()), resized)
+    return Changes(frozenset(wanted.keys() - head), frozenset(head & wanted.keys()), POSITIONS in different)
 
 
-def initial(
-    model: nn.Module, paths: Collection[str], key: Array, shardings: Mapping[str, Any] | None
-) -> dict[str, Array]:
+def initial(model: nn.Module, paths: Collection[str], key: Array, shardings: Mapping[str, Any]) -> dict[str, Array]:
     """The parameters at these paths as `model.init(key, …)` gives them; of the others, none is computed."""
     images = jnp.zeros((1, *pair(model.image_size), model.channels))
 
@@ -68,5 +65,4 @@ def initial(
         flat = {'/'.join(path): array for path, array in flatten_dict(model.init(key, images)).items()}
         return {path: flat[path] for path in paths}
 
-    placed = {path: shardings[path] for path in paths} if shardings else None
-    return jax.jit(init, out_shardings=placed)(key)
+    return jax.jit(init, out_shardings={path: shardings[path] for path in paths})(key)

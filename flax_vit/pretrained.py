@@ -119,8 +119,8 @@ def from_pretrained(
     `model.init` with `key` (a JAX random key) would, and 0 none; another `image_size` resizes DeepViT's positions; both
     with a PretrainedWarning. No other field may change the parameters' shapes.
 
-    With a `mesh`, each parameter is split over its devices as `sharding_rules` say (see `flax_vit.sharding`); what
-    goes to a device is read from the file for it alone, so that no host and no device holds the whole model.
+    With a `mesh`, each parameter is split over its devices as `sharding_rules` say (see `flax_vit.sharding`). What goes
+    to a device is read from the file for it alone: no device, and of several hosts none, ever has the whole model.
 
     `check=False` leaves out the comparison of the files with the saved sha256, for which they are read whole; it is
     also left out, unless asked for, when the mesh spans several hosts.
@@ -161,13 +161,13 @@ def from_pretrained(
             weights[POSITIONS] = resize_positions(weights[POSITIONS][:], model.image_size // model.patch_size)
         flat = {
             path: _place(weights[path], wanted[path], jnp.dtype(cast or dtypes[path]), placed[path])
-            for path in plan.kept
+            for path in sorted(plan.kept)
         }
     if plan.new:
         flat |= initial(model, plan.new, jax.random.key(0) if key is None else key, placed)
     for note in notes:
         warnings.warn(note, PretrainedWarning, stacklevel=2)
-    return model, unflatten_dict({tuple(path.split('/')): flat[path] for path in sorted(flat)})
+    return model, unflatten_dict(flat, sep='/')
 
 
 def read_golden(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:

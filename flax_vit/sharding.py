@@ -12,20 +12,24 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 # it also holds where blocks are stacked along a leading axis; what no rule names is whole on every device. Batches go
 # over the mesh's axis 'data', of which no parameter knows.
 #
-# Every matrix that widens is split by columns, the one after it by rows: of a block's feed-forward, each device has
-# some hidden units, from the first matrix to the sum after the second. An attention would be the same if to_qkv's
-# columns were split by heads. They run over (qkv, head, dim_head), as in PyTorch's file, and a split of that axis cuts
-# across the three; the compiler gathers the activations of to_qkv once for each block and goes on with whole heads per
-# device, up to the sum after to_out. Splitting the rows instead would cost a sum over 3 x heads x dim_head, twice that.
-# The head is split by rows: the sum is over few numbers, any number of classes fits, and the logits are whole.
+# In a feed-forward the first matrix is split by columns and the second by rows: each device has some hidden units, and
+# the one exchange is the sum after the second. An attention would be the same if to_qkv's columns were split by heads.
+# They run over (qkv, head, dim_head), as in PyTorch's file, and a split of that axis cuts across the three; so the
+# compiler gathers to_qkv's activations, once for each block, and goes on with whole heads per device up to the sum
+# after to_out. (Splitting its rows would cost a sum of the same activations, twice that. DeepViT's re-attention mixes
+# heads, for which the attention maps are gathered too.)
+#
+# Between the blocks activations are whole: the patch projection ends with a sum, hence its rows, and the head takes
+# whole features, hence its columns. The other way round, the compiler would split the features everywhere, and exchange
+# something for every LayerNorm.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r'to_patch_embedding_\d/kernel$', PartitionSpec(None, 'model')),
+    (r'to_patch_embedding_\d/kernel$', PartitionSpec('model', None)),
     (r'to_qkv/kernel$', PartitionSpec(None, 'model')),
     (r'to_out(_0)?/kernel$', PartitionSpec('model', None)),
     (r'net_1/kernel$', PartitionSpec(None, 'model')),
     (r'net_1/bias$', PartitionSpec('model')),
     (r'net_[34]/kernel$', PartitionSpec('model', None)),
-    (r'(linear|mlp)_head(_1)?/kernel$', PartitionSpec('model', None)),
+    (r'(linear|mlp)_head(_1)?/kernel$', PartitionSpec(None, 'model')),
 )
 
 

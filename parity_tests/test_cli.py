@@ -202,6 +202,9 @@ def test_it_is_also_a_module(tmp_path: pathlib.Path) -> None:
 def test_a_certified_folder_proves_itself(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     status, printed, _ = flax_vit('convert', 'simple_vit.pt', 'out', *FIELDS, '--verify')
     assert (status, 'prove it: flax-vit verify out\n' in printed) == (0, True)
+    card = pathlib.Path('out', 'README.md').read_text()
+    assert '`simple_vit.pt`' in card
+    assert 'Z: the Flax model computes what PyTorch does.' in card.replace('+00:00', 'Z')
     monkeypatch.setitem(sys.modules, 'vit_pytorch', None)
     status, printed, _ = flax_vit('verify', 'out')
     assert (status, 'RIGHT' in printed) == (0, True)

@@ -1,0 +1,203 @@
+"""What tests run in processes of their own: one with 8 devices, or two with 2 each. Prints JSON.
+
+python on_devices.py eight FOLDER…
+python on_devices.py process NUMBER PORT FOLDER
+python on_devices.py restore CHECKPOINTS FOLDER
+"""
+
+import json
+import re
+import sys
+import warnings
+from typing import Any
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint import v1 as orbax
+from safetensors import safe_open
+
+from flax_vit import from_pretrained, save_pretrained, shardings
+
+
+def main(task: str, *arguments: str) -> None:
+    if task == 'eight':
+        jax.config.update('jax_num_cpu_devices', 8)
+        jax.config.update('jax_enable_x64', True)
+        facts: Any = {folder: eight(folder) for folder in arguments} | {'changed': changed(arguments[-1])}
+    elif task == 'restore':
+        jax.config.update('jax_num_cpu_devices', 8)
+        facts = restore(*arguments)
+    else:
+        number, port, folder = arguments
+        jax.config.update('jax_num_cpu_devices', 2)
+        jax.config.update('jax_enable_x64', True)
+        jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+        jax.distributed.initialize(f'127.0.0.1:{port}', num_processes=2, process_id=int(number))
+        facts = process(folder)
+    print(json.dumps(facts))
+
+
+def mesh_of(data: int, model: int) -> jax.sharding.Mesh:
+    return jax.make_mesh((data, model), ('data', 'model'), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def eight(folder: str) -> dict[str, Any]:
+    """A model on a mesh of 2 x 4 beside the same on one device, in float64."""
+    mesh = mesh_of(2, 4)
+    model, alone = from_pretrained(folder)
+    _, spread = from_pretrained(folder, mesh=mesh)
+    images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
+    labels = jnp.arange(8) % 3
+    on_data = NamedSharding(mesh, P('data'))
+    batch = jax.device_put((images, labels), on_data)
+    apply = jax.jit(model.apply)
+    logits = apply(spread, batch[0])
+    compiled: Any = apply.lower(spread, batch[0]).compile().as_text()
+
+    optimizer = optax.adam(1e-2)
+
+    def step(variables: Any, state: Any, images: Any, labels: Any) -> Any:
+        def loss(variables: Any) -> Any:
+            logits = model.apply(variables, images)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        updates, state = optimizer.update(jax.grad(loss)(variables), state)
+        return optax.apply_updates(variables, updates), state
+
+    kept = shardings(jax.eval_shape(lambda: (alone, optimizer.init(alone))), mesh)
+    init = jax.jit(optimizer.init)
+    trained, state = jax.jit(step, out_shardings=kept)(spread, jax.device_put(init(alone), kept[1]), *batch)
+    expected, _ = jax.jit(step)(alone, init(alone), images, labels)
+    return {
+        'parameters': placement(spread),
+        'trained': placement(trained),
+        'moments': placement(state[0].mu),
+        'same bits': same(alone, spread),
+        'logits': relative(logits, apply(alone, images)),
+        'step': max(jax.tree.leaves(jax.tree.map(relative, trained, expected))),
+        'exchanged': {
+            kind: re.findall(rf'f64\[([\d,]+)\]\S* {kind}\(', compiled)
+            for kind in ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute')
+        },
+    }
+
+
+def changed(folder: str) -> dict[str, Any]:
+    """The same with a new head, resized positions and in bfloat16: on the mesh and on one device."""
+    fields: Any = {'num_classes': 8, 'image_size': 24, 'param_dtype': 'bfloat16'}
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        alone, spread = (from_pretrained(folder, mesh=mesh, **fields)[1] for mesh in (None, mesh_of(2, 4)))
+    return {'same bits': same(alone, spread), 'parameters': placement(spread)}
+
+
+def process(folder: str) -> dict[str, Any]:
+    """One of two processes; each has half of every split parameter, and reads no more than that."""
+    read: dict[str, int] = {}
+
+    class Counting:
+        """A file, or a slice of it, that counts the bytes it gives."""
+
+        def __init__(self, inner: Any, name: str = '') -> None:
+            self.inner, self.name = inner, name
+
+        def __enter__(self) -> 'Counting':
+            return Counting(self.inner.__enter__())
+
+        def __exit__(self, *error: Any) -> Any:
+            return self.inner.__exit__(*error)
+
+        def get_slice(self, name: str) -> 'Counting':
+            return Counting(self.inner.get_slice(name), name)
+
+        def __getitem__(self, index: Any) -> Any:
+            array = self.inner[index]
+            read[self.name] = read.get(self.name, 0) + array.nbytes
+            return array
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    mesh = mesh_of(1, 4)
+    with patch('flax_vit.pretrained.safe_open', lambda *arguments, **more: Counting(safe_open(*arguments, **more))):
+        model, variables = from_pretrained(folder, mesh=mesh)
+    try:
+        from_pretrained(folder, mesh=mesh, check=True)
+    except ValueError as error:
+        checked = str(error)
+    gathered = process_allgather(variables, tiled=True)
+    if jax.process_index() == 0:
+        save_pretrained(f'{folder}-again', model, gathered)
+    images = np.load(f'{folder}/../images.npy')
+    whole = NamedSharding(mesh, P())
+    spread = jax.make_array_from_callback(images.shape, whole, lambda index: images[index])
+    logits = jax.jit(model.apply, out_shardings=whole)(variables, spread)
+    return {
+        'devices': [jax.device_count(), jax.local_device_count()],
+        'read': read,
+        'parameters': placement(variables),
+        'checked': checked,
+        'logits': np.asarray(logits).tolist(),
+    }
+
+
+def restore(checkpoints: str, folder: str) -> dict[str, Any]:
+    """The latest training state onto a mesh of 2 x 4; saved again from there, as the next step."""
+    mesh = mesh_of(2, 4)
+    model, _ = from_pretrained(folder)
+    shapes = jax.eval_shape(lambda: training_state(model))
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(shapes, mesh),
+    )
+    with orbax.training.Checkpointer(checkpoints) as checkpointer:
+        state = checkpointer.load(abstract_state=placed)
+        checkpointer.save_async(2, state)
+    return {'parameters': placement(state['variables']), 'moments': placement(state['optimizer'][0].mu)}
+
+
+def training_state(model: Any) -> dict[str, Any]:
+    """All there is to go on with: variables, moments (after one step, so that they are not zero), step, random key."""
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    optimizer = optax.adamw(1e-3)
+    _, state = optimizer.update(variables, optimizer.init(variables), variables)
+    return {'variables': variables, 'optimizer': state, 'step': jnp.asarray(1), 'key': jax.random.key(5)}
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    return {'/'.join(path): leaf for path, leaf in flatten_dict(tree).items()}
+
+
+def placement(tree: Any) -> dict[str, Any]:
+    """Of each array its shape, the shape of its pieces, and how many pieces are different."""
+    return {
+        path: {
+            'shape': leaf.shape,
+            'piece': sorted({shard.data.shape for shard in leaf.addressable_shards}),
+            'pieces': len({str(shard.index) for shard in leaf.addressable_shards}),
+            'devices': len(leaf.addressable_shards),
+        }
+        for path, leaf in flat(tree).items()
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    equal = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(np.asarray(a), np.asarray(b)), one, other)
+    return all(jax.tree.leaves(equal))
+
+
+def relative(one: Any, other: Any) -> float:
+    one, other = np.asarray(one), np.asarray(other)
+    return float(np.abs(one - other).max() / np.abs(other).max())
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

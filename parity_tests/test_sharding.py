@@ -1,0 +1,195 @@
+"""Models on many devices: where the parameters lie, what is read for them, and that the results are the same."""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+from on_devices import training_state
+from orbax.checkpoint import v1 as orbax
+from test_pretrained import assert_equal, variables_of
+
+from flax_vit import DeepViT, SimpleViT, from_pretrained, save_pretrained, shardings
+from flax_vit.pretrained import param_shapes
+
+SIZES: Any = {'image_size': 16, 'patch_size': 4, 'dim': 32, 'depth': 1, 'heads': 4, 'dim_head': 8, 'mlp_dim': 64}
+SIZES |= {'num_classes': 12, 'param_dtype': np.dtype('float64')}
+MODELS = {'simple': SimpleViT(**SIZES), 'deep': DeepViT(**SIZES)}
+SCRIPT = pathlib.Path(__file__).with_name('on_devices.py')
+
+
+def start(*arguments: str) -> 'subprocess.Popen[str]':
+    environment = {name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'} | {'JAX_PLATFORMS': 'cpu'}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, SCRIPT, *arguments], stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def result(process: 'subprocess.Popen[str]') -> Any:
+    printed, complaint = process.communicate(timeout=300)
+    assert process.returncode == 0, complaint
+    return json.loads(printed.splitlines()[-1])
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    root = tmp_path_factory.mktemp('folders')
+    with jax.enable_x64(True):
+        for name, model in MODELS.items():
+            save_pretrained(root / name, model, variables_of(model), max_shard_size=30_000)
+    return {name: root / name for name in MODELS}
+
+
+@pytest.fixture(scope='module')
+def on_eight(folders: dict[str, pathlib.Path]) -> dict[str, Any]:
+    facts = result(start('eight', *map(str, folders.values())))
+    return dict(zip([*folders, 'changed'], facts.values(), strict=True))
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_every_large_parameter_is_split(name: str, on_eight: dict[str, Any]) -> None:
+    facts = on_eight[name]
+    assert facts['same bits']
+    for path, lies in facts['parameters'].items():
+        (piece,) = lies['piece']
+        assert lies['devices'] == 8
+        assert math.prod(piece) * lies['pieces'] == math.prod(lies['shape']), path
+        if path.endswith('/kernel'):
+            assert lies['pieces'] == 4, path
+    pieces = {path.split('/', 1)[1]: lies['piece'][0] for path, lies in facts['parameters'].items()}
+    out, second = ('to_out', 'net_3') if name == 'simple' else ('to_out_0', 'net_4')
+    head = 'linear_head' if name == 'simple' else 'mlp_head_1'
+    expected = {
+        'to_patch_embedding_2/kernel': [12, 32],
+        'transformer/layers_0_0/to_qkv/kernel': [32, 24],
+        f'transformer/layers_0_0/{out}/kernel': [8, 32],
+        'transformer/layers_0_1/net_1/kernel': [32, 16],
+        'transformer/layers_0_1/net_1/bias': [16],
+        f'transformer/layers_0_1/{second}/kernel': [16, 32],
+        f'{head}/kernel': [32, 3],
+    }
+    assert {path: pieces[path] for path in expected} == expected
+    split = sum(math.prod(piece) for piece in pieces.values())
+    assert split < 0.35 * sum(math.prod(lies['shape']) for lies in facts['parameters'].values())
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_the_results_are_those_of_one_device(name: str, on_eight: dict[str, Any]) -> None:
+    # Float64's standard in this project: sums in another order, relative errors of some 1e-16 each.
+    assert on_eight[name]['logits'] <= 1e-12
+    assert on_eight[name]['step'] <= 1e-11
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_training_leaves_everything_where_it_is(name: str, on_eight: dict[str, Any]) -> None:
+    placed = {path: lies['piece'] for path, lies in on_eight[name]['parameters'].items()}
+    for tree in ('trained', 'moments'):
+        assert {path: lies['piece'] for path, lies in on_eight[name][tree].items()} == placed
+
+
+def test_what_the_devices_exchange(on_eight: dict[str, Any]) -> None:
+    """As sharding.py says: a block of SimpleViT gathers to_qkv's activations and takes two sums."""
+    exchanged = on_eight['simple']['exchanged']
+    assert exchanged['all-gather'] == ['4,16,96']
+    assert exchanged['all-reduce'].count('4,16,32') == 3  # the patch projection's, too
+    assert len(exchanged['all-reduce']) == 5  # and for the LayerNorm of the split patches
+    assert exchanged['all-to-all'] == exchanged['collective-permute'] == []
+    assert on_eight['deep']['exchanged']['all-gather'] == ['4,17,96', '4,4,17,17']
+
+
+def test_changed_fields_on_a_mesh(on_eight: dict[str, Any]) -> None:
+    assert on_eight['changed']['same bits']
+    assert on_eight['changed']['parameters']['params/mlp_head_1/kernel']['piece'] == [[32, 2]]
+    assert on_eight['changed']['parameters']['params/pos_embedding']['shape'] == [1, 37, 32]
+
+
+def test_two_processes_read_only_their_slices(folders: dict[str, pathlib.Path]) -> None:
+    folder = folders['deep']
+    images = np.random.default_rng(0).normal(size=(2, 16, 16, 3))
+    np.save(folder.parent / 'images.npy', images)
+    config = json.loads((folder / 'config.json').read_text())
+    wrong = config | {'weights': [file | {'sha256': '0' * 64} for file in config['weights']]}
+    with jax.enable_x64(True):
+        model, variables = from_pretrained(folder)
+        expected = np.asarray(jax.jit(model.apply)(variables, images))
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    (folder / 'config.json').write_text(json.dumps(wrong))  # the files are not read whole, so nobody minds
+    try:
+        processes = [start('process', str(number), port, str(folder)) for number in range(2)]
+        both = [result(process) for process in processes]
+    finally:
+        (folder / 'config.json').write_text(json.dumps(config))
+
+    whole = {f'params/{"/".join(path)}': 8 * math.prod(shape.shape) for path, shape in param_shapes(model).items()}
+    for facts in both:
+        assert facts['devices'] == [4, 2]
+        assert 'is damaged' in facts['checked']  # unless they are asked to
+        assert np.abs(np.array(facts['logits']) - expected).max() <= 1e-12 * np.abs(expected).max()
+        kernels = [path for path in whole if path.endswith('/kernel')]
+        assert {path: facts['read'][path] for path in kernels} == {path: whole[path] // 2 for path in kernels}
+        assert facts['read'].keys() == whole.keys()  # nothing else, such as golden arrays
+    with jax.enable_x64(True):
+        assert_equal(from_pretrained(f'{folder}-again')[1], variables)
+
+
+@pytest.fixture
+def one() -> Mesh:
+    return Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ('data', 'model'))
+
+
+def test_rules(one: Mesh) -> None:
+    tree = {
+        'transformer': {'layers_0': {'to_qkv': {'kernel': jax.ShapeDtypeStruct((6, 16, 48), np.float32)}}},
+        'mu': [{'net_1': {'bias': np.zeros(4)}}, np.zeros(())],
+        'v_row': {'net_1': {'kernel': np.zeros(4)}},
+    }
+    spec = functools.partial(jax.tree.map, lambda sharding: sharding.spec)
+    found = spec(shardings(tree, one))
+    assert found['transformer']['layers_0']['to_qkv']['kernel'] == P(None, None, 'model')  # blocks in a stack
+    assert found['mu'] == [{'net_1': {'bias': P('model')}}, P()]  # of an optimizer
+    assert found['v_row']['net_1']['kernel'] == P()  # of another one, which keeps sums of rows
+    rules = [('net_1', P(('data', 'model'))), ('kernel', P('data'))]
+    assert spec(shardings(tree, one, rules))['mu'][0]['net_1']['bias'] == P(('data', 'model'))
+    assert spec(shardings(tree, one, ()))['mu'][0]['net_1']['bias'] == P(None)
+
+
+def test_a_mesh_that_does_not_fit(one: Mesh, folders: dict[str, pathlib.Path]) -> None:
+    named = Mesh(one.devices, ('x', 'y'))
+    with pytest.raises(ValueError, match=r"split over \['model'\]; the axes of this mesh are \['x', 'y'\]"):
+        from_pretrained(folders['simple'], mesh=named)
+    explicit = Mesh(one.devices, ('data', 'model'), axis_types=(AxisType.Explicit,) * 2)
+    with pytest.raises(ValueError, match=r'leave them to the compiler\. Make it with axis_types=.*Auto,\) \* 2'):
+        from_pretrained(folders['simple'], mesh=explicit)
+
+
+def test_a_training_state_moves_between_one_device_and_eight(
+    tmp_path: pathlib.Path,
+) -> None:
+    model = MODELS['deep'].clone(param_dtype=np.dtype('float32'))
+    save_pretrained(tmp_path / 'vit', model, variables_of(model))
+    state = jax.jit(training_state, static_argnums=0)(model)
+    with orbax.training.Checkpointer(tmp_path / 'states') as checkpointer:
+        checkpointer.save_async(1, state)
+    facts = result(start('restore', str(tmp_path / 'states'), str(tmp_path / 'vit')))
+    for tree in ('parameters', 'moments'):
+        assert facts[tree]['params/transformer/layers_0_0/to_qkv/kernel']['piece'] == [[32, 24]]
+        assert facts[tree]['params/transformer/layers_0_1/net_1/bias']['pieces'] == 4
+
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), state)
+    with orbax.training.Checkpointer(tmp_path / 'states') as checkpointer:
+        assert checkpointer.latest.step == 2
+        back = checkpointer.load(abstract_state=shapes)
+    assert jax.random.key_data(back.pop('key')).tolist() == jax.random.key_data(state.pop('key')).tolist()
+    assert_equal(back, state)
