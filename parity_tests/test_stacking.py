@@ -1,0 +1,121 @@
+"""Parameters stacked over the depth and back, in memory and in folders."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import pytest
+import torch
+from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType
+from reference import CONFIGURATIONS, converted, pytorch
+
+import convert
+from flax_vit import from_pretrained, save_pretrained, stack_layers, unstack_layers
+
+
+def assert_same_bits(one: Any, other: Any) -> None:
+    one, other = flatten_dict(one), flatten_dict(other)
+    assert one.keys() == other.keys()
+    for path, array in one.items():
+        assert array.dtype == other[path].dtype
+        np.testing.assert_array_equal(np.asarray(array).view(np.uint8), np.asarray(other[path]).view(np.uint8), path)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('name', ['deep-twelve-layers', 'simple-twelve-layers'])
+def test_there_and_back(name: str, dtype: torch.dtype) -> None:
+    _, model, variables = converted(CONFIGURATIONS[name], dtype)
+    stacked = stack_layers(variables)
+    shapes = jax.eval_shape(model.clone(scan_layers=True).init, jax.random.key(0), images_of(model))
+    assert jax.tree.map(jnp.shape, stacked) == jax.tree.map(jnp.shape, shapes)
+    np.testing.assert_array_equal(
+        stacked['params']['transformer']['blocks']['layers_1']['net_1']['kernel'][7],
+        variables['params']['transformer']['layers_7_1']['net_1']['kernel'],
+    )
+    assert_same_bits(unstack_layers(stacked), variables)
+    on_the_host = jax.tree.map(np.asarray, variables)
+    assert all(isinstance(array, np.ndarray) for array in jax.tree.leaves(stack_layers(on_the_host)))
+    assert_same_bits(stack_layers(on_the_host), stacked)
+
+
+def images_of(model: Any) -> jax.ShapeDtypeStruct:
+    height, width = model.image_size if isinstance(model.image_size, tuple) else (model.image_size,) * 2
+    return jax.ShapeDtypeStruct((1, height, width, model.channels), jnp.float32)
+
+
+def test_a_tree_that_cannot_be_stacked() -> None:
+    _, _, variables = converted(CONFIGURATIONS['deep-mean'], torch.float32)
+    transformer = variables['params']['transformer']
+    for gap in ('layers_1_0', 'layers_2_1'):
+        rest = {name: layer for name, layer in transformer.items() if name != gap}
+        with pytest.raises(ValueError, match=r'blocks/layers_. cannot be stacked|blocks/layers_./.* cannot be stacked'):
+            stack_layers({'params': {'transformer': rest}})
+    wider = {
+        **transformer,
+        'layers_1_1': jax.tree.map(lambda array: array.astype(jnp.bfloat16), transformer['layers_1_1']),
+    }
+    with pytest.raises(
+        ValueError, match=r'layers_1/net_0/bias of the blocks cannot be stacked: it is .*bfloat16, .*float32'
+    ):
+        stack_layers({'params': {'transformer': wider}})
+
+
+@pytest.mark.parametrize('name', ['deep-mean', 'simple-oblong-patches'])
+def test_converted_scanned_and_exported(name: str) -> None:
+    module = pytorch(CONFIGURATIONS[name], torch.float32)
+    _, plain = convert.from_torch(module)
+    model, variables = convert.from_torch(module, scan_layers=True)
+    assert_same_bits(variables, stack_layers(plain))
+    back = convert.to_torch(model, variables)
+    for key, tensor in module.state_dict().items():
+        np.testing.assert_array_equal(back[key], tensor.numpy())
+    assert convert.verify(module, converted=(model, variables)).right
+
+
+@pytest.mark.parametrize('name', ['deep-mean', 'simple-oblong-patches'])
+def test_folders_hold_block_after_block(name: str, tmp_path: Path) -> None:
+    _, model, variables = converted(CONFIGURATIONS[name], torch.float32)
+    save_pretrained(tmp_path / 'plain', model, variables)
+    scanned, stacked = from_pretrained(tmp_path / 'plain', scan_layers=True)
+    assert scanned.scan_layers
+    assert_same_bits(stacked, stack_layers(variables))
+
+    save_pretrained(tmp_path / 'scanned', scanned, stacked)
+    files = [next((tmp_path / kind).glob('model-*')) for kind in ('plain', 'scanned')]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    model, read = from_pretrained(tmp_path / 'scanned')
+    assert model.scan_layers
+    assert_same_bits(read, stacked)
+    model, read = from_pretrained(tmp_path / 'scanned', scan_layers=False)
+    assert_same_bits(read, variables)
+
+
+def test_read_onto_a_mesh(tmp_path: Path) -> None:
+    _, model, variables = converted(CONFIGURATIONS['deep-mean'], torch.float32)
+    save_pretrained(tmp_path, model, variables)
+    mesh = jax.make_mesh((1, 1), ('data', 'model'), axis_types=(AxisType.Auto,) * 2)
+    _, read = from_pretrained(tmp_path, mesh=mesh, scan_layers=True)
+    assert_same_bits(read, stack_layers(variables))
+    kernel = read['params']['transformer']['blocks']['layers_1']['net_1']['kernel']
+    assert kernel.sharding.spec[-1] == 'model'
+
+
+def test_the_state_of_an_optimizer() -> None:
+    _, _, variables = converted(CONFIGURATIONS['deep-mean'], torch.float32)
+    moments = optax.adam(1e-3).init(variables)[0].mu
+    assert_same_bits(unstack_layers(stack_layers(moments)), moments)
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'), [('query_chunk_size', 0), ('query_chunk_size', 2.5), ('remat', 1), ('scan_layers', None)]
+)
+def test_options_that_make_no_sense(field: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)  # as users have it
+    _, model, _ = converted(CONFIGURATIONS['deep-mean'], torch.float32)
+    with pytest.raises(ValueError, match=f'{field} must be'):
+        model.clone(**{field: value})
