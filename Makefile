@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fast-test format clean
+.PHONY: demo test fast-test bench examples format clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/flax-vit demo
@@ -17,6 +17,19 @@ test: $(VENV)/test.installed
 
 fast-test: $(VENV)/test.installed
 	$(BIN)/pytest --numprocesses auto -m 'not slow and not releases'
+
+# What README.md and docs/performance.md show: half an hour on two idle cores.
+bench: $(VENV)/test.installed
+	mkdir -p build
+	$(BIN)/python benchmarks/speed.py --json build/speed.json --picture build/speed.png
+	$(BIN)/python benchmarks/scaling.py --json build/scaling.json --picture build/scaling.png
+	$(BIN)/python benchmarks/conversion.py --json build/conversion.json
+	$(BIN)/python benchmarks/startup.py --json build/startup.json
+
+# The figures of docs/finetuning.md and docs/attention.md: trainings of some minutes. What is finished is not run again.
+examples: $(VENV)/examples.installed
+	mkdir -p build
+	$(BIN)/python examples/finetune/finetune.py build/finetune --start converted --start scratch
 
 format: $(VENV)/test.installed
 	$(BIN)/ruff check --fix .
