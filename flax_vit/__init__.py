@@ -1,8 +1,23 @@
 """vit-pytorch's DeepViT and SimpleViT as Flax modules."""
 
-from flax_vit.deep_vit import DeepViT
-from flax_vit.pretrained import from_pretrained, save_pretrained
-from flax_vit.simple_vit import SimpleViT
+from typing import TYPE_CHECKING
+
+from flax_vit.lazy import lazily
+
+if TYPE_CHECKING:
+    from flax_vit.deep_vit import DeepViT
+    from flax_vit.pretrained import from_pretrained, save_pretrained
+    from flax_vit.simple_vit import SimpleViT
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            'DeepViT': 'deep_vit',
+            'SimpleViT': 'simple_vit',
+            'from_pretrained': 'pretrained',
+            'save_pretrained': 'pretrained',
+        },
+    )
 
 __all__ = ['DeepViT', 'SimpleViT', '__version__', 'from_pretrained', 'save_pretrained']
 __version__ = '0.1.0'
