@@ -144,6 +144,31 @@ def export_command(**arguments: Any) -> None:
     commands.export_checkpoint(**arguments)
 
 
+@cli.command('serve-export')
+@click.argument('folder', metavar='OUT', type=click.Path(path_type=Path))
+@click.argument('target', metavar='FILE', type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    '--platform',
+    'platforms',
+    type=click.Choice(['cpu', 'cuda', 'rocm', 'tpu']),
+    multiple=True,
+    default=['cpu', 'cuda', 'tpu'],
+    show_default=True,
+    help='Where it shall run; give it once for each.',
+)
+@click.option('--dtype', help='Compute in it, say in bfloat16; without it, in float32.')
+@click.option('--param-dtype', help='Cast the parameters, say to bfloat16.')
+@click.option('--overwrite', is_flag=True, help='Replace FILE if it exists.')
+def serve_export_command(**arguments: Any) -> None:
+    """Write the model in the folder OUT to FILE, an .npz of program and weights that runs with JAX alone.
+
+    It takes any number of float32 images, channels last. Needs flatbuffers: pip install 'flax-vit[serving]'.
+    """
+    from convert import commands
+
+    commands.export_program(**arguments)
+
+
 @cli.command('demo')
 def demo_command() -> None:
     """Convert, verify and compare, on two models that vit-pytorch trained on handwritten digits."""

@@ -23,7 +23,7 @@ from convert.display import (
     verdict,
 )
 from convert.images import load_images
-from flax_vit import from_pretrained, save_pretrained
+from flax_vit import export_serving, from_pretrained, save_pretrained
 from flax_vit.pretrained import read_config
 
 Arguments = ParamSpec('Arguments')
@@ -142,6 +142,14 @@ def export_checkpoint(folder: Path, target: Path, *, layout: str | None, overwri
     """Write the parameters in `folder` back to a PyTorch checkpoint, `target`."""
     export.export(folder, target, layout=layout, overwrite=overwrite)
     out.print(f'[green]Exported[/] to {escape(str(target))}')
+
+
+@with_float64
+def export_program(folder: Path, target: Path, *, platforms: tuple[str, ...], overwrite: bool, **options: Any) -> None:
+    """Write the model in `folder` as one file that runs with JAX alone."""
+    model, variables = from_pretrained(folder, **given(options))
+    export_serving(target, model, variables, platforms=platforms, overwrite=overwrite)
+    out.print(f'[green]Exported[/] to {escape(str(target))}, for {", ".join(platforms)}')
 
 
 @with_float64

@@ -34,7 +34,9 @@ def command(*arguments: str) -> str:
     return f'sys.argv = {["flax-vit", *arguments]}; from convert.cli import main; main()'
 
 
-@pytest.mark.parametrize('arguments', [['--help'], ['--version'], ['convert', '--help'], ['verify', '--help']])
+@pytest.mark.parametrize(
+    'arguments', [['--help'], ['--version'], ['convert', '--help'], ['verify', '--help'], ['serve-export', '--help']]
+)
 def test_what_says_something_imports_nothing_large(arguments: list[str], tmp_path: pathlib.Path) -> None:
     assert imported(command(*arguments), tmp_path) == set()
 
