@@ -1,8 +1,27 @@
 """From vit-pytorch's checkpoints to Flax models, and back."""
 
-from convert.conversion import Inspection, from_torch, inspect, to_torch
-from convert.errors import ConversionError, ConversionWarning
-from convert.verify import Report, verify
+from typing import TYPE_CHECKING
+
+from flax_vit.lazy import lazily
+
+if TYPE_CHECKING:
+    from convert.conversion import Inspection, from_torch, inspect, to_torch
+    from convert.errors import ConversionError, ConversionWarning
+    from convert.parity import Report, verify
+else:
+    __getattr__, __dir__ = lazily(
+        __name__,
+        {
+            'ConversionError': 'errors',
+            'ConversionWarning': 'errors',
+            'Inspection': 'conversion',
+            'Report': 'parity',
+            'from_torch': 'conversion',
+            'inspect': 'conversion',
+            'to_torch': 'conversion',
+            'verify': 'parity',
+        },
+    )
 
 __all__ = [
     'ConversionError',

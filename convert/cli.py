@@ -1,35 +1,17 @@
-"""`flax-vit`: the command line."""
+"""`flax-vit`: the command line. JAX takes most of a second to import, so that only what has work to do imports it."""
 
-import shlex
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import jax
 import rich_click as click
 from rich.markup import escape
 
-from convert.conversion import inspect, place, provenance
-from convert.display import (
-    err,
-    out,
-    show_comparison,
-    show_converted,
-    show_inspection,
-    show_plan,
-    show_report,
-    show_rows,
-    track,
-    verdict,
-)
-from convert.export import export
-from convert.images import load_images
-from convert.outputs import compare_outputs, golden_of, load_outputs, recheck
-from convert.report import certificate, check_target, figures_of, write_json, write_page
-from convert.verify import verify
-from flax_vit import __version__, from_pretrained, save_pretrained
-from flax_vit.pretrained import read_config
+from convert.console import err
+from flax_vit import __version__
 
 RIGHT, WRONG, BAD_INPUT = 0, 1, 2
 
@@ -67,32 +49,28 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.group(context_settings={'help_option_names': ['-h', '--help']})
 @click.version_option(__version__)
 @click.option('--debug', is_flag=True, help='Show the traceback of an error.')
-@click.pass_context
-def cli(context: click.Context, debug: bool) -> None:
+def cli(debug: bool) -> None:
     """Turn vit-pytorch's DeepViT and SimpleViT checkpoints into Flax models, and prove that both compute the same.
 
     Begin with `flax-vit demo`, or with `flax-vit inspect CHECKPOINT` on your own file.
 
     Exit status: 0 all is right; 1 verify found the port wrong; 2 bad usage or input.
     """
-    context.with_resource(jax.enable_x64(True))  # float64 weights keep their bits on the way through
+    keep_compiled()
 
 
 @cli.command('inspect')
 @click.argument('source', metavar='CHECKPOINT')
 @model_options
-def inspect_command(source: str, **options: Any) -> None:
+def inspect_command(**arguments: Any) -> None:
     """Say what CHECKPOINT is, and how each of its tensors would be converted; nothing is written.
 
     CHECKPOINT is a file (.pt, .pth, .safetensors, …: the content tells) or a folder that holds one, or a folder that
     `convert` wrote.
     """
-    if is_converted(source):
-        show_converted(read_config(source))
-        return
-    inspection = inspect(source, **given(options))
-    show_inspection(inspection)
-    show_plan(inspection)
+    from convert import commands
+
+    commands.inspect_checkpoint(**arguments)
 
 
 @cli.command('convert')
@@ -103,28 +81,14 @@ def inspect_command(source: str, **options: Any) -> None:
 @click.option(
     '--verify', 'proven', is_flag=True, help="Verify first, and keep PyTorch's outputs in OUT to check it by, anywhere."
 )
-def convert_command(source: str, folder: Path, proven: bool, **options: Any) -> None:
+def convert_command(**arguments: Any) -> None:
     """Convert CHECKPOINT to the folder OUT, for flax_vit.from_pretrained(OUT); no torch is needed for that.
 
     With --verify, which needs torch and vit-pytorch, `flax-vit verify OUT` later checks OUT without either.
     """
-    fields = given(options)
-    inspection = inspect(source, **fields)
-    variables = place(inspection, track=track)
-    facts, golden = provenance(inspection), None
-    if proven:
-        with err.status('Running PyTorch and Flax, in float64 and float32 …'):
-            report = verify(source, converted=(inspection.model, variables), count=4, **fields)
-        show_report(report)
-        if not report.right:
-            sys.exit(WRONG)
-        facts, golden = facts | {'verified': certificate(report)}, golden_of(report)
-    save_pretrained(folder, inspection.model, variables, source=facts, golden=golden)
-    show_inspection(inspection)
-    out.print(f'[green]Converted[/] to {escape(str(folder))}')
-    out.print(f'use it:   model, variables = flax_vit.from_pretrained({escape(repr(str(folder)))})')
-    proof = [str(folder)] if proven else [source, str(folder)]
-    out.print(f'prove it: flax-vit verify {escape(shlex.join(proof))}')
+    from convert import commands
+
+    sys.exit(RIGHT if commands.convert_checkpoint(**arguments) else WRONG)
 
 
 @cli.command('verify')
@@ -151,19 +115,7 @@ def convert_command(source: str, folder: Path, proven: bool, **options: Any) -> 
 @click.option(
     '--json', 'data', type=click.Path(dir_okay=False, path_type=Path), help='Write the figures, for machines.'
 )
-def verify_command(
-    source: str,
-    folder: Path | None,
-    images: Path | None,
-    count: int,
-    seed: int,
-    dtype: str,
-    gradients: bool,
-    reference: Path | None,
-    page: Path | None,
-    data: Path | None,
-    **options: Any,
-) -> None:
+def verify_command(**arguments: Any) -> None:
     """Run vit-pytorch's module and the Flax model on the same images; compare every block.
 
     With OUT, the folder that `convert` wrote is what gets verified; its fields are used where none are given. Needs
@@ -172,50 +124,9 @@ def verify_command(
     Without torch: give OUT alone, if `convert --verify` wrote it; or outputs of your own model with --reference, which
     also tells when heads or pool were assumed wrongly.
     """
-    fields = given(options)
-    if reference is not None:
-        images_given, outputs = load_outputs(reference)
-        model, variables = load_port(source, folder, fields)
-        comparison = compare_outputs(model, variables, images_given, outputs)
-        show_comparison(comparison)
-        sys.exit(RIGHT if comparison.right else WRONG)
-    if is_converted(source):
-        row = recheck(Path(source))
-        show_rows([row], 'float32')
-        out.print(verdict(row.right))
-        sys.exit(RIGHT if row.right else WRONG)
-    for target in filter(None, (page, data)):
-        check_target(target, page=target == page)
-    inspection = inspect(source, **fields)
-    converted = from_pretrained(folder) if folder is not None else None
-    if converted is not None and isinstance(converted[0], inspection.layout.model):
-        open_fields = [name for name, field in inspection.fields.items() if field.how in {'unknown', 'assumed'}]
-        fields |= {name: getattr(converted[0], name) for name in open_fields}
-        inspection = inspect(source, **fields)
-    loaded = load_images(images, inspection.model, count) if images else None
-    with err.status(f'Running PyTorch and Flax, in float64 and {dtype} …'):
-        report = verify(
-            source,
-            converted=converted,
-            images=loaded,
-            count=count,
-            seed=seed,
-            dtype=dtype,
-            gradients=gradients,
-            attention=page is not None,
-            **fields,
-        )
-    show_inspection(inspection)
-    show_report(report)
-    command = shlex.join(['flax-vit', *sys.argv[1:]])
-    figures = figures_of(report, command=command, images=str(images) if images else None, converted=folder)
-    if data:
-        write_json(data, figures)
-        out.print(f'figures: {escape(str(data))}')
-    if page:
-        write_page(page, report, figures)
-        out.print(f'report:  {escape(str(page))}')
-    sys.exit(RIGHT if report.right else WRONG)
+    from convert import commands
+
+    sys.exit(RIGHT if commands.verify_checkpoint(**arguments) else WRONG)
 
 
 @cli.command('export')
@@ -223,43 +134,62 @@ def verify_command(
 @click.argument('target', metavar='CHECKPOINT', type=click.Path(path_type=Path))
 @click.option('--layout', help="An older release's names: S1, S0, D1, D0; without it, the newest that computes this.")
 @click.option('--overwrite', is_flag=True, help='Replace CHECKPOINT if it exists.')
-def export_command(folder: Path, target: Path, layout: str | None, overwrite: bool) -> None:
+def export_command(**arguments: Any) -> None:
     """Write the parameters in the folder OUT back to a PyTorch CHECKPOINT, .safetensors or .pt.
 
     The names are vit-pytorch's, so that load_state_dict takes it as it is. A .pt needs torch.
     """
-    export(folder, target, layout=layout, overwrite=overwrite)
-    out.print(f'[green]Exported[/] to {escape(str(target))}')
+    from convert import commands
+
+    commands.export_checkpoint(**arguments)
+
+
+@cli.command('serve-export')
+@click.argument('folder', metavar='OUT', type=click.Path(path_type=Path))
+@click.argument('target', metavar='FILE', type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    '--platform',
+    'platforms',
+    type=click.Choice(['cpu', 'cuda', 'rocm', 'tpu']),
+    multiple=True,
+    default=['cpu', 'cuda', 'tpu'],
+    show_default=True,
+    help='Where it shall run; give it once for each.',
+)
+@click.option('--dtype', help='Compute in it, say in bfloat16; without it, in float32.')
+@click.option('--param-dtype', help='Cast the parameters, say to bfloat16.')
+@click.option('--overwrite', is_flag=True, help='Replace FILE if it exists.')
+def serve_export_command(**arguments: Any) -> None:
+    """Write the model in the folder OUT to FILE, an .npz of program and weights that runs with JAX alone.
+
+    It takes any number of float32 images, channels last. Needs flatbuffers: pip install 'flax-vit[serving]'.
+    """
+    from convert import commands
+
+    commands.export_program(**arguments)
 
 
 @cli.command('demo')
 def demo_command() -> None:
     """Convert, verify and compare, on two models that vit-pytorch trained on handwritten digits."""
-    from convert.demo import demo
+    from convert import commands
 
-    sys.exit(RIGHT if demo() else WRONG)
-
-
-def is_converted(source: str) -> bool:
-    """Whether `source` is a folder that `convert` wrote."""
-    try:
-        read_config(source)
-    except (OSError, ValueError):
-        return False
-    return True
+    sys.exit(RIGHT if commands.run_demo() else WRONG)
 
 
-def load_port(source: str, folder: Path | None, fields: dict[str, Any]) -> tuple[Any, Any]:
-    """The model and variables of the folder, or of the source, which may be such a folder or a checkpoint."""
-    if folder is not None or is_converted(source):
-        return from_pretrained(folder or source)
-    inspection = inspect(source, **fields)
-    return inspection.model, place(inspection)
+def keep_compiled() -> None:
+    """Have JAX, once it is imported, keep what it compiles for the next command, unless its own settings say where.
 
-
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given."""
-    return {name: value for name, value in options.items() if value is not None}
+    Where there is no place to keep it, every command compiles anew.
+    """
+    if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
+        return
+    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path('~/.cache').expanduser()) / 'flax-vit'
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if os.access(folder, os.W_OK):
+        os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
+        os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')  # a small model's programs, too
 
 
 def main() -> None:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from convert.console import err, out
 from convert.conversion import inspect, place, provenance
-from convert.display import err, out, show_inspection, show_report
+from convert.display import show_inspection, show_report
 from convert.errors import ConversionError
-from convert.verify import verify
+from convert.parity import verify
 from flax_vit import from_pretrained, save_pretrained
 
 # What the weights cannot tell, of the models that examples/digits/train.py trains.

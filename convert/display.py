@@ -1,24 +1,19 @@
 """What people see in the terminal: tables, progress, verdicts."""
 
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from convert.console import err, out
 from convert.conversion import Inspection
 from convert.outputs import Comparison
-from convert.verify import Report, Row
+from convert.parity import Report, Row
 from flax_vit.layers import COMPUTATION
-
-# Where the output is no terminal, the tables' long names would be cut at 80 columns.
-out = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def show_inspection(inspection: Inspection) -> None:

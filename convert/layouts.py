@@ -135,12 +135,18 @@ _AXES = {
 
 def leaves(layout: Layout, depth: int, *, head: bool = True) -> dict[str, tuple[Leaf, tuple[Axis, ...]]]:
     """Every parameter of a model of `depth` blocks: by the layout's name, the rule it travels by and its axes."""
-    probe = layout.model(**{**_PROBE, **layout.fields, 'depth': depth, **({} if head else {'num_classes': 0})})
-    rules = [(leaf(path, len(shape.shape)), shape.shape) for path, shape in param_shapes(probe).items()]
+    shapes = _shapes(layout.model(**{**_PROBE, **layout.fields, 'depth': depth}))
+    rules = {layout.from_today(rule.name): (rule, shape) for rule, shape in shapes.items()}
     return {
-        layout.from_today(rule.name): (rule, tuple(_AXES[size] for size in rule.torch_shape(shape)))
-        for rule, shape in rules
+        name: (rule, tuple(_AXES[size] for size in rule.torch_shape(shape)))
+        for name, (rule, shape) in rules.items()
+        if head or not _is_part(name, _head(layout))
     }
+
+
+@cache  # the model is traced once for all layouts that are names of it
+def _shapes(probe: nn.Module) -> dict[Leaf, tuple[int, ...]]:
+    return {leaf(path, len(shape.shape)): shape.shape for path, shape in param_shapes(probe).items()}
 
 
 @cache
@@ -152,8 +158,8 @@ def template(layout: Layout, *, head: bool = True) -> dict[str, tuple[Axis, ...]
 @cache
 def _head(layout: Layout) -> str:
     """The name of the module that is the head."""
-    first, *_ = template(layout).keys() - template(layout, head=False).keys()
-    return first.partition('.')[0]
+    (last,) = [name for name, axes in template(layout).items() if len(axes) == 2 and Axis('num_classes') in axes]
+    return last.partition('.')[0]
 
 
 @cache

@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from convert.errors import ConversionError
-from convert.verify import FLOOR, OUTPUT_LIMIT, RATIO, Report, Row, compare, flax_outputs
+from convert.parity import FLOOR, OUTPUT_LIMIT, RATIO, Report, Row, compare, flax_outputs
 from flax_vit import SimpleViT, from_pretrained
 from flax_vit.pretrained import read_golden
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.verify import Report
+from convert.parity import Report
 
 # On light and on dark ground. Blue and orange are told apart by every kind of colour vision, and in grey.
 COLOURS = {

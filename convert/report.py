@@ -15,7 +15,7 @@ import jax
 
 from convert.conversion import provenance
 from convert.errors import ConversionError
-from convert.verify import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, Report, Row
+from convert.parity import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, Report, Row
 from flax_vit.layers import COMPUTATION
 from flax_vit.pretrained import appearing_whole, read_config
 

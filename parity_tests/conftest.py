@@ -1,9 +1,12 @@
 """What every test may ask for."""
 
+import os
 from collections.abc import Iterator
 
 import jax
 import pytest
+
+os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # of the commands that tests start
 
 
 @pytest.fixture

@@ -33,8 +33,8 @@ import flax_vit.deep_vit
 import flax_vit.layers
 import flax_vit.simple_vit
 from convert import causes, mistakes, params, parts
+from convert.parity import Report, labels, verify
 from convert.reference import torch_module, torch_outputs
-from convert.verify import Report, labels, verify
 from flax_vit import SimpleViT
 
 EPSILON = "with a LayerNorm epsilon of 1e-06 (flax's default) instead of 1e-05"
@@ -256,7 +256,7 @@ prepared, inspected = cache(converted), cache(convert.inspect)
 def run(architecture: str, slip: Slip, monkeypatch: pytest.MonkeyPatch, dtype: str = 'float64') -> Report:
     """What `verify` finds of a model with a slip in it. Whatever has no part in it is done once, or fast."""
     monkeypatch.setattr(test_slips, 'converted', prepared)
-    monkeypatch.setattr(import_module('convert.verify'), 'inspect', inspected)
+    monkeypatch.setattr(import_module('convert.parity'), 'inspect', inspected)
     if dtype == 'float64':
         monkeypatch.setattr(jax, 'jit', partial(jax.jit, compiler_options=QUICK))
     port = Port.of({'DeepViT': DEEP, 'SimpleViT': SIMPLE}[architecture], monkeypatch)

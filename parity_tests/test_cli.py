@@ -182,7 +182,7 @@ def test_the_demo_proves_both_models(flax_vit: Run) -> None:
 
 
 def test_the_demo_fails_when_the_port_is_wrong(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules['convert.verify'], 'OUTPUT_LIMIT', 0.0)
+    monkeypatch.setattr(sys.modules['convert.parity'], 'OUTPUT_LIMIT', 0.0)
     assert flax_vit('demo')[0] == 1
 
 

@@ -229,7 +229,7 @@ def test_what_stops_the_report_is_said_before_the_models_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.setattr('convert.cli.verify', lambda *_, **__: pytest.fail('the models ran'))
+    monkeypatch.setattr('convert.commands.parity.verify', lambda *_, **__: pytest.fail('the models ran'))
     monkeypatch.setattr(
         sys, 'argv', ['flax-vit', 'verify', str(right.inspection.files[0]), '--dim-head', '4', *options]
     )

@@ -1,0 +1,25 @@
+"""For users of flax.nnx: a model with its variables as one nnx module, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import nnx
+
+
+def to_nnx(model: nn.Module, variables: Mapping[str, Any], rngs: nnx.Rngs | None = None) -> nnx.bridge.ToNNX:
+    """The model as an nnx module that holds the variables, as `nnx.Param`s in linen's tree.
+
+    Call it with images, as the model: `module(images)`. In training, `module(images, train=True)` takes the dropout's
+    keys from `rngs`, nnx.Rngs(dropout=seed), or from those of the call, `rngs=`. The arrays are shared, not copied.
+    """
+    module = nnx.bridge.ToNNX(model, rngs)
+    for name, tree in variables['params'].items():
+        setattr(module, name, nnx.data(jax.tree.map(nnx.Param, tree)))
+    return module
+
+
+def from_nnx(module: nnx.bridge.ToNNX) -> dict[str, Any]:
+    """The variables of such a module, {'params': …}: what `model.apply`, `save_pretrained` and `to_torch` take."""
+    return {'params': nnx.to_pure_dict(nnx.state(module, nnx.Param))}
