@@ -149,17 +149,22 @@ def main(quick: bool, repetitions: int, data: Path | None, picture: Path | None)
     models = ('SimpleViT', 'DeepViT')
     console = Console(stderr=True)
     grid = [(name, side, chunk) for name in models for side in sides for chunk in (None, CHUNK)]
-    by_tokens = [tokens(*which, repetitions) for which in track(grid, 'Tokens …', console=console)]
+    measured: dict[str, list[dict[str, Any]]] = {'tokens': [], 'depth': []}
+
+    def keep(what: str, row: dict[str, Any]) -> None:
+        measured[what].append(row)
+        if data:  # after every row: nothing measured is lost
+            data.write_text(json.dumps({'machine': machine(), **measured}, indent=1))
+
+    for which in track(grid, 'Tokens …', console=console):
+        keep('tokens', tokens(*which, repetitions))
     ways: list[dict[str, bool]] = [{}, {'scan_layers': True}, {'scan_layers': True, 'remat': True}]
     stack = [(name, depth, options) for name in models for options in ways for depth in depths]
-    by_depth = [
-        compilation(name, depth, **options) for name, depth, options in track(stack, 'Depth …', console=console)
-    ]
-    show(Console(), by_tokens, by_depth)
-    if data:
-        data.write_text(json.dumps({'machine': machine(), 'tokens': by_tokens, 'depth': by_depth}, indent=1))
+    for name, depth, options in track(stack, 'Depth …', console=console):
+        keep('depth', compilation(name, depth, **options))
+    show(Console(), measured['tokens'], measured['depth'])
     if picture:
-        draw(by_tokens, picture)
+        draw(measured['tokens'], picture)
 
 
 if __name__ == '__main__':

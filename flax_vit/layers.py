@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -61,8 +62,11 @@ class Identity(nn.Module):
 
 
 def gelu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
-    """`torch.nn.GELU()`: by the error function, not by its tanh approximation (flax's default)."""
-    return nn.gelu(x, approximate=False)
+    """`torch.nn.GELU()`: by the error function, not by its tanh approximation (flax's default).
+
+    As PyTorch writes it; by the complementary error function, as in flax, it takes twice the time on a CPU.
+    """
+    return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 def add(x: Float[Array, '*shape'], parameter: Float[Array, '...']) -> Float[Array, '*shape']:
