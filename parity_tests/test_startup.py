@@ -58,7 +58,7 @@ def test_every_name_is_there(package: Any) -> None:
 def test_compiled_programs_are_kept(tmp_path: pathlib.Path) -> None:
     """In the user's cache folder, by a command that compiles some."""
     model = flax_vit.DeepViT(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=8)
-    images = np.ones((1, 8, 8, 3), np.float32)
+    images = np.random.default_rng(0).standard_normal((16, 8, 8, 3), np.float32)
     logits, variables = jax.jit(model.init_with_output)(jax.random.key(0), images)
     flax_vit.save_pretrained(tmp_path / 'out', model, variables)
     np.savez(tmp_path / 'outputs.npz', images=images, logits=logits)
