@@ -1,6 +1,7 @@
 """vit-pytorch's DeepViT and SimpleViT as Flax modules."""
 
 from flax_vit.deep_vit import DeepViT
+from flax_vit.features import Features, features
 from flax_vit.hub import push_to_hub
 from flax_vit.pretrained import PretrainedWarning, from_pretrained, save_pretrained
 from flax_vit.sharding import shardings
@@ -9,9 +10,11 @@ from flax_vit.stacking import stack_layers, unstack_layers
 
 __all__ = [
     'DeepViT',
+    'Features',
     'PretrainedWarning',
     'SimpleViT',
     '__version__',
+    'features',
     'from_pretrained',
     'push_to_hub',
     'save_pretrained',
