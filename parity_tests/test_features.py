@@ -98,6 +98,10 @@ def test_everything_is_what_pytorch_computes(name: str, way: str) -> None:
     check({name: relative_error(array, truth[name]) for name, array in by_name(seen).items()}, FLOAT64_BOUND)
 
 
+def memory_of(program: Any) -> Any:
+    return program.memory_analysis()
+
+
 @pytest.mark.parametrize('way', ['plain', 'scanned'])
 @pytest.mark.parametrize('name', MODELS)
 def test_only_what_is_asked_for_is_held(name: str, way: str) -> None:
@@ -106,7 +110,7 @@ def test_only_what_is_asked_for_is_held(name: str, way: str) -> None:
     def compiled(function: Any) -> tuple[Any, set[str], int]:
         """What it gives, the names of that, and the bytes taken on the way; it gives nothing without a name."""
         program = jax.jit(function, compiler_options=QUICK).lower(variables, images).compile()
-        given, memory = program(variables, images), program.memory_analysis()
+        given, memory = program(variables, images), memory_of(program)
         arrays = jax.tree.leaves(given)
         names = {name for name, array in by_name(given).items() if array is not None}
         assert memory.output_size_in_bytes == sum(array.nbytes + 8 for array in arrays)  # 8: where it is
@@ -119,7 +123,7 @@ def test_only_what_is_asked_for_is_held(name: str, way: str) -> None:
 
     some, names, _ = compiled(partial(features, model, blocks=[1, -1]))
     assert names == {'logits', 'pooled', 'embedding', 'tokens 1', 'tokens -1'}
-    assert held < plain.memory_analysis().temp_size_in_bytes + some.tokens[1].nbytes
+    assert held < memory_of(plain).temp_size_in_bytes + some.tokens[1].nbytes
 
     _, names, _ = compiled(partial(features, model, blocks=[0], tokens=False, attention=True))
     kinds = ['attention', 'reattention'] if isinstance(model, DeepViT) else ['attention']
