@@ -30,6 +30,7 @@ bench: $(VENV)/test.installed
 examples: $(VENV)/examples.installed
 	mkdir -p build
 	$(BIN)/python examples/finetune/finetune.py build/finetune --start converted --start scratch
+	$(BIN)/python examples/attention_collapse/collapse.py build/collapse
 
 format: $(VENV)/test.installed
 	$(BIN)/ruff check --fix .

@@ -7,6 +7,7 @@ from flax_vit.lazy import lazily
 if TYPE_CHECKING:
     from flax_vit.deep_vit import DeepViT
     from flax_vit.hub import push_to_hub
+    from flax_vit.looking import Features, features
     from flax_vit.nnx_bridge import from_nnx, to_nnx
     from flax_vit.pretrained import PretrainedWarning, from_pretrained, save_pretrained
     from flax_vit.serving import export_serving
@@ -18,9 +19,11 @@ else:
         __name__,
         {
             'DeepViT': 'deep_vit',
+            'Features': 'looking',
             'PretrainedWarning': 'pretrained',
             'SimpleViT': 'simple_vit',
             'export_serving': 'serving',
+            'features': 'looking',
             'from_nnx': 'nnx_bridge',
             'from_pretrained': 'pretrained',
             'push_to_hub': 'hub',
@@ -34,10 +37,12 @@ else:
 
 __all__ = [
     'DeepViT',
+    'Features',
     'PretrainedWarning',
     'SimpleViT',
     '__version__',
     'export_serving',
+    'features',
     'from_nnx',
     'from_pretrained',
     'push_to_hub',

@@ -49,7 +49,7 @@ def stacked(flat: Mapping[Path, Any], stack: Callable[[Path, Sequence[Any]], Any
     result: dict[Path, Any] = {}
     blocks: dict[Path, dict[int, Any]] = {}
     for path, value in flat.items():
-        block, target = _target(path)
+        block, target = stacked_path(path)
         if block is None:
             result[path] = value
         else:
@@ -64,7 +64,7 @@ def stacked(flat: Mapping[Path, Any], stack: Callable[[Path, Sequence[Any]], Any
     return result
 
 
-def _target(path: Path) -> tuple[int | None, Path]:
+def stacked_path(path: Path) -> tuple[int | None, Path]:
     """The block that an unstacked path belongs to, or None, and the path when stacked."""
     for at, name in enumerate(path):
         match = re.fullmatch(r'layers_(\d+)_(\d+)', name)

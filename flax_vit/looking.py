@@ -1,0 +1,108 @@
+"""Looking inside a model: tokens after any block, pooled features, attention maps.
+
+The models have no code for it: linen lets a caller stand between its modules and keep what passes by.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+from jax import Array
+from jaxtyping import Float, Shaped
+
+from flax_vit.deep_vit import DeepViT
+from flax_vit.simple_vit import SimpleViT
+from flax_vit.stacking import Path, stacked_path, unstack_layers
+
+# Which module of an attention puts out the maps; DeepViT's dropout at rest puts out what it gets, the softmax.
+MAPS: dict[type[nn.Module], dict[str, str]] = {
+    SimpleViT: {'attention': 'attend'},
+    DeepViT: {'attention': 'attention_dropout', 'reattention': 'reattn_norm_1'},
+}
+
+
+class Features(NamedTuple):
+    """What a model computes on the way, in its own dtype; a pytree. Mappings have the blocks' numbers as asked for.
+
+    In DeepViT the first of the tokens, of the queries and of the keys is the class token.
+    """
+
+    logits: Float[Array, 'batch outputs']
+    pooled: Float[Array, 'batch dim']  # what the head gets
+    embedding: Float[Array, 'batch tokens dim'] | None  # what the first block gets; None without `tokens`
+    tokens: dict[int, Float[Array, 'batch tokens dim']]  # after the block
+    attention: dict[int, Float[Array, 'batch heads queries keys']]  # the softmax
+    reattention: dict[int, Float[Array, 'batch heads queries keys']]  # DeepViT's, of any sign and sum; SimpleViT: empty
+
+
+def features(
+    model: DeepViT | SimpleViT,
+    variables: Mapping[str, Any],
+    images: Shaped[Array | np.ndarray, 'batch ...'],
+    *,
+    blocks: Iterable[int] | None = None,
+    tokens: bool = True,
+    attention: bool = False,
+) -> Features:
+    """Logits and pooled features of images and, with `tokens` and `attention`, those of the `blocks`.
+
+    Images are as the model takes them. Blocks count from 0, or from the end when negative; None: all. The numbers are
+    those the model itself computes with, at rest. Without `scan_layers` nothing else is kept; with it, what is asked
+    for of one block is held of all until the scan is over. Maps that are asked for are held whole, whatever
+    `query_chunk_size` says. Raises ValueError for a block that is not there, and when the images don't fit.
+    """
+    numbers = {block: _number(model, block) for block in (range(model.depth) if blocks is None else blocks)}
+    places: dict[str, Any] = {
+        'pooled': ('to_latent', 'output'),
+        'embedding': None,
+        'tokens': {},
+        'attention': {},
+        'reattention': {},
+    }
+    if tokens:
+        places['embedding'] = _after(model, -1)
+        places['tokens'] = {block: _after(model, number) for block, number in numbers.items()}
+    if attention:
+        model = model.clone(query_chunk_size=None)
+        for kind, name in MAPS[type(model)].items():
+            places[kind] = {
+                block: ('transformer', f'layers_{number}_0', name, 'output') for block, number in numbers.items()
+            }
+
+    def is_place(node: Any) -> bool:
+        return isinstance(node, tuple)
+
+    wanted = set(jax.tree.leaves(places, is_leaf=is_place))
+    if model.scan_layers:
+        wanted = {stacked_path(place)[1] for place in wanted}
+
+    def keep(function: Any, arguments: Any, keywords: Any, context: nn.module.InterceptorContext) -> Any:
+        output = function(*arguments, **keywords)
+        if context.method_name == '__call__':
+            for end, value in (('input', arguments[0]), ('output', output)):
+                if (*context.module.path, end) in wanted:
+                    context.module.sow('intermediates', end, value, lambda _, new: new, lambda: None)
+        return output
+
+    with nn.intercept_methods(keep):
+        logits, state = model.apply(variables, images, mutable=['intermediates'])
+    kept = flatten_dict(unstack_layers(state['intermediates']))
+    return Features(logits, **jax.tree.map(kept.__getitem__, places, is_leaf=is_place))
+
+
+def _number(model: DeepViT | SimpleViT, block: int) -> int:
+    """The block counted from 0."""
+    if not -model.depth <= block < model.depth:
+        raise ValueError(
+            f'This {type(model).__name__} has the blocks 0 to {model.depth - 1}, from the end -1 to {-model.depth}; '
+            f'there is no block {block}.'
+        )
+    return block % model.depth
+
+
+def _after(model: DeepViT | SimpleViT, number: int) -> Path:
+    """Where the tokens after a block are: in front of what gets them next."""
+    return ('transformer', f'layers_{number + 1}_0' if number + 1 < model.depth else 'norm', 'input')
