@@ -31,7 +31,7 @@ from scipy import stats
 import convert
 from flax_vit import DeepViT, SimpleViT
 from flax_vit.deep_vit import FeedForward
-from flax_vit.layers import softmax
+from flax_vit.layers import gelu, softmax
 from flax_vit.simple_vit import Softmax
 
 both_models = pytest.mark.parametrize('name', ['deep-plain', 'simple-oblong-patches'])
@@ -353,6 +353,15 @@ def test_norm_after_mean(float64: None) -> None:
     params['linear_head_1'] = params.pop('linear_head')
     errors = output_errors(module, model.clone(norm_after_mean=True), {'params': params}, random_images(configuration))
     check(errors, FLOAT64_BOUND)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_gelu_in_half_precision_is_rounded_once(dtype: Any) -> None:
+    x = jnp.linspace(-4, 4, 1001).astype(dtype)
+    exact = torch.nn.functional.gelu(torch.from_numpy(np.asarray(x, np.float64))).numpy()
+    assert gelu(x).dtype == dtype
+    error = np.abs(np.asarray(gelu(x), np.float64) - exact)
+    assert (error <= jnp.finfo(dtype).eps / 2 * np.abs(exact) + 1e-6).all()  # 1e-6: what float32 leaves of 1 + erf
 
 
 def test_shape_annotations_are_checked_while_tests_run() -> None:
