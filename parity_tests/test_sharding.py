@@ -95,7 +95,8 @@ def what_the_devices_exchange(name: str, exchanged: Any) -> None:
     activations = [shape for shape in exchanged['all-reduce'] if shape == f'4,{tokens},32']
     assert 1 <= len(activations) <= 3  # the third is the patch projection's
     assert not exchanged['all-to-all']
-    assert not exchanged['collective-permute']
+    # DeepViT's variance is a sum over heads, which lie on different devices: one head's map at a time
+    assert set(exchanged['collective-permute']) <= (set() if name == 'simple' else {'4,1,17,17'})
 
 
 def changed_fields(name: str, changed: Any) -> None:
