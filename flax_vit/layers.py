@@ -81,6 +81,15 @@ def add(x: Float[Array, '*shape'], parameter: Float[Array, '...']) -> Float[Arra
     return (x.astype(wide) + parameter.astype(wide)).astype(x.dtype)
 
 
+def exponentials(
+    x: Float[Array, '*batch n'],
+) -> tuple[Float[Array, '*batch n'], Float[Array, '*batch 1']]:
+    """Numerator and denominator of the softmax of the last axis, both at least in float32."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    weights = jnp.exp(x - jax.lax.stop_gradient(x.max(axis=-1, keepdims=True)))
+    return weights, weights.sum(axis=-1, keepdims=True)
+
+
 def softmax(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
     """Softmax of the last axis, computed at least in float32, returned in the dtype of `x`."""
     return nn.softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
@@ -153,7 +162,10 @@ class Transformer(Layer):
 
         def block(layers: Sequence[Any], x: Array) -> Array:
             for layer in layers:
-                x = run(layer, x) + x
+                # `1 *` is nothing but an operation of its own: the way back sums what the layer's uses of x give before
+                # it adds the sum to x's gradient. Added one after another, XLA for CPUs would compute all of them anew
+                # in every layer, which takes time and code by the square of the depth.
+                x = run(layer, 1 * x) + x
             return x
 
         if self.scan_layers:

@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 # They run over (qkv, head, dim_head), as in PyTorch's file, and a split of that axis cuts across the three; so the
 # compiler gathers to_qkv's activations, once for each block, and goes on with whole heads per device up to the sum
 # after to_out. (Splitting its rows would cost a sum of the same activations, twice that. DeepViT's re-attention mixes
-# heads, for which the attention maps are gathered too.)
+# heads: the mixed maps are a sum over the devices, and its variance passes single heads' maps between them.)
 #
 # Between the blocks activations are whole: the patch projection ends with a sum, hence its rows, and the head takes
 # whole features, hence its columns. The other way round, the compiler would split the features everywhere, and exchange

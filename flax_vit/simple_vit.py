@@ -21,11 +21,11 @@ from flax_vit.layers import (
     check_divisible,
     check_options,
     check_sizes,
+    exponentials,
     gelu,
     in_query_chunks,
     pair,
     sequential,
-    softmax,
     to_patches,
 )
 
@@ -66,13 +66,6 @@ class FeedForward(Layer):
         return sequential(self.net, x, train=train)
 
 
-class Softmax(nn.Module):
-    """`torch.nn.Softmax(dim=-1)`: names the attention map, so that `capture_intermediates` can ask for it."""
-
-    def __call__(self, dots: Float[Array, 'batch heads i j']) -> Float[Array, 'batch heads i j']:
-        return softmax(dots)
-
-
 class Attention(Layer):
     dim: int
     heads: int
@@ -82,17 +75,22 @@ class Attention(Layer):
     def setup(self) -> None:
         inner_dim = self.heads * self.dim_head
         self.norm = self.layer_norm()
-        self.attend = Softmax()
+        self.attend = Identity()  # names the attention map
         self.to_qkv = self.linear(self.dim, 3 * inner_dim, bias=False)
         self.to_out = self.linear(inner_dim, self.dim, bias=False)
 
     def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
         qkv = self.to_qkv(self.norm(x))
-        q, k, v = rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads)
+        q, k, v = jnp.unstack(rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads))
 
         def attend(self: 'Attention', q: Float[Array, 'batch heads i d']) -> Float[Array, 'batch heads i d']:
-            dots = jnp.einsum('bhid,bhjd->bhij', q, k, precision=self.precision) * self.dim_head**-0.5
-            return jnp.einsum('bhij,bhjd->bhid', self.attend(dots), v, precision=self.precision)
+            dots = jnp.einsum('bhid,bhjd->bhij', q * self.dim_head**-0.5, k, precision=self.precision)
+            weights, total = exponentials(dots)
+            attn = self.attend((weights / total).astype(dots.dtype))
+            if attn.dtype != total.dtype:  # half precision, for which the sums of undivided weights can be too large
+                return jnp.einsum('bhij,bhjd->bhid', attn, v, precision=self.precision)
+            # Divided after the product: one pass over the map less. What nobody looks at, the compiler leaves out.
+            return jnp.einsum('bhij,bhjd->bhid', weights, v, precision=self.precision) / total
 
         out = in_query_chunks(self, attend, q, self.query_chunk_size)
         return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))

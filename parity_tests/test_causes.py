@@ -179,7 +179,7 @@ def scaled_by_dim(port: Port) -> None:
 
 @named('block 0 attention: matches with the softmax over queries instead of keys', SIMPLE)
 def softmax_over_queries(port: Port) -> None:
-    port.substitute('softmax', lambda x: nn.softmax(x, axis=-2))
+    port.substitute_softmax(lambda x: nn.softmax(x, axis=-2))
 
 
 @named('block 0 attention: matches without re-attention', DEEP)

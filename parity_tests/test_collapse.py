@@ -35,6 +35,7 @@ def test_the_measure_is_that_of_a_plain_loop() -> None:
     assert 0 < measured['share'][0, 1] < 1
 
 
+@pytest.mark.slow
 def test_a_run_of_a_few_steps(tmp_path: pathlib.Path) -> None:
     from collapse import main
 

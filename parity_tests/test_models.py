@@ -30,9 +30,8 @@ from scipy import stats
 
 import convert
 from flax_vit import DeepViT, SimpleViT
-from flax_vit.deep_vit import FeedForward
+from flax_vit.deep_vit import FeedForward, HeadNorm
 from flax_vit.layers import gelu, softmax
-from flax_vit.simple_vit import Softmax
 
 both_models = pytest.mark.parametrize('name', ['deep-plain', 'simple-oblong-patches'])
 THEIRS = {DeepViT: vit_pytorch.deepvit.DeepViT, SimpleViT: vit_pytorch.simple_vit.SimpleViT}
@@ -366,7 +365,7 @@ def test_gelu_in_half_precision_is_rounded_once(dtype: Any) -> None:
 
 def test_shape_annotations_are_checked_while_tests_run() -> None:
     with pytest.raises(TypeCheckError, match='batch heads i j'):
-        Softmax()(jnp.zeros((2, 3, 4)))
+        HeadNorm(heads=3).init(jax.random.key(0), jnp.zeros((2, 3, 4)), mix=jnp.eye(3))
     with pytest.raises(TypeCheckError, match='shape'):
         softmax(jnp.zeros((2, 3), jnp.int32))
     with pytest.raises(TypeCheckError, match='batch tokens dim'):

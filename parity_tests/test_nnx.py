@@ -42,7 +42,7 @@ def test_there_and_back_and_the_same_logits(model: Any, variables: Any, dtype: s
 
 
 def test_a_step_of_training_is_linens(model: Any, variables: Any) -> None:
-    """The gradients, and the parameters after the optimizer's step, bit for bit."""
+    """The gradients bit for bit, and the parameters after the optimizer's step."""
 
     def loss(logits: Any) -> Any:
         return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array([0, 2])).mean()

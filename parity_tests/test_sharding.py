@@ -89,7 +89,7 @@ def every_large_parameter_is_split(name: str, facts: Any) -> None:
 
 
 def what_the_devices_exchange(name: str, exchanged: Any) -> None:
-    """As sharding.py says, or less: a block gathers to_qkv's activations, of DeepViT the maps, and takes two sums."""
+    """As sharding.py says, or less: a block gathers to_qkv's activations and takes two sums, DeepViT more."""
     assert len(exchanged['all-gather']) <= (1 if name == 'simple' else 2)
     tokens = 16 if name == 'simple' else 17
     activations = [shape for shape in exchanged['all-reduce'] if shape == f'4,{tokens},32']

@@ -66,6 +66,12 @@ class Port:
     def substitute(self, name: str, value: Any, where: Any = None) -> None:
         self.monkeypatch.setattr(where or self.file, name, value)
 
+    def substitute_softmax(self, softmax: Callable[[Any], Any]) -> None:
+        if self.file is flax_vit.deep_vit:
+            self.substitute('softmax', softmax)
+        else:
+            self.substitute('exponentials', lambda x: (softmax(x), jnp.ones((*x.shape[:-1], 1), x.dtype)))
+
     def respell(self, right: str, wrong: str, where: ModuleType | None = None) -> None:
         """`wrong` for `right` in every einops pattern of the module."""
 
@@ -130,12 +136,12 @@ def fast_variance(port: Port) -> None:
 
 @slip(DEEP, SIMPLE)
 def softmax_in_float32(port: Port) -> None:
-    port.substitute('softmax', lambda x: nn.softmax(x.astype(jnp.float32)).astype(x.dtype))
+    port.substitute_softmax(lambda x: nn.softmax(x.astype(jnp.float32)).astype(x.dtype))
 
 
 @slip(DEEP)
 def softmax_over_queries(port: Port) -> None:
-    port.substitute('softmax', lambda x: nn.softmax(x, axis=-2))
+    port.substitute_softmax(lambda x: nn.softmax(x, axis=-2))
 
 
 @slip(DEEP, SIMPLE)
