@@ -126,8 +126,8 @@ def fused(case: Case) -> Callable[[], None]:
     return torch_work(case, prepare)
 
 
-def flax(case: Case) -> Callable[[], None]:
-    """The port, under `jax.jit`."""
+def flax_program(case: Case) -> tuple[Callable[..., Any], list[Any]]:
+    """The case in Flax, to be jitted, and what to call it with; of a training step, its results are the next one's."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -140,25 +140,32 @@ def flax(case: Case) -> Callable[[], None]:
     images = jax.random.normal(jax.random.key(0), (case.batch, side, side, 3), dtype)
     labels = jnp.zeros(case.batch, int)
     variables = jax.jit(model.init)(jax.random.key(1), images)
+    if not case.training:
+        return model.apply, [variables, images]
     optimizer = optax.adamw(1e-4)
-    state = [variables, optimizer.init(variables)] if case.training else []
-    forward = jax.jit(model.apply)
 
-    def loss(variables: Any) -> jax.Array:
+    def loss(variables: Any, images: jax.Array) -> jax.Array:
         logits: Any = model.apply(variables, images, train=True)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    def update(variables: Any, moments: Any) -> Any:
-        updates, moments = optimizer.update(jax.grad(loss)(variables), moments, variables)
+    def step(variables: Any, moments: Any, images: jax.Array) -> Any:
+        updates, moments = optimizer.update(jax.grad(loss)(variables, images), moments, variables)
         return optax.apply_updates(variables, updates), moments
 
-    step = jax.jit(update, donate_argnums=(0, 1))
+    return step, [variables, optimizer.init(variables), images]
+
+
+def flax(case: Case) -> Callable[[], None]:
+    """The port, under `jax.jit`."""
+    import jax
+
+    function, arguments = flax_program(case)
+    step = jax.jit(function, donate_argnums=(0, 1) if case.training else ())
 
     def call() -> None:
+        results = jax.block_until_ready(step(*arguments))
         if case.training:
-            state[:] = jax.block_until_ready(step(*state))
-        else:
-            forward(variables, images).block_until_ready()
+            arguments[:2] = results
 
     return call
 
