@@ -124,7 +124,7 @@ def draw(results: list[dict[str, Any]], target: Path) -> None:
 
 @click.command()
 @click.option('--quick', is_flag=True, help='The smallest case of each model, to see that it runs.')
-@click.option('--rounds', type=click.IntRange(1), default=9, show_default=True, help='Of all ways in turn, per case.')
+@click.option('--rounds', type=click.IntRange(1), default=5, show_default=True, help='Of all ways in turn, per case.')
 @click.option('--only', default='', help="Only cases whose name has this in it: 'S/16', 'training', 'DeepViT B/16'.")
 @click.option('--json', 'data', type=click.Path(path_type=Path), help='Write every measurement here.')
 @click.option('--picture', type=click.Path(path_type=Path), help='Write a picture of it here (.png, .svg).')
