@@ -4,7 +4,8 @@
 
 Tokens: one S/16-wide block of each model; the memory that XLA plans for temporaries of the compiled forward and of its
 gradient, with the attention map held whole and in chunks of queries, and the time: of the forward wherever its memory
-is there, of the gradient up to 4,096 patches. Depth: the time to compile the forward and the training step of small models, layer by layer, scanned, and scanned with remat.
+is there, of the gradient up to 4,096 patches. Depth: the time to compile the forward and the training step of small
+models, layer by layer, scanned, and scanned with remat.
 """
 
 import json
