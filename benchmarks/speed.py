@@ -116,7 +116,8 @@ def draw(results: list[dict[str, Any]], target: Path) -> None:
     axes.set_xlabel('speed, PyTorch eager = 1')
     for name, colour in colours.items():
         axes.barh(0, 0, color=colour, label=name)
-    axes.legend(loc='lower right')
+    axes.margins(y=0.01)
+    axes.legend(loc='upper right')
     axes.spines[['top', 'right']].set_visible(False)
     figure.savefig(target, dpi=110)
 
