@@ -16,6 +16,7 @@ from reference import CONFIGURATIONS, converted, pytorch
 
 import convert
 from flax_vit import from_pretrained, save_pretrained, stack_layers, unstack_layers
+from flax_vit.layers import pair
 
 
 def assert_same_bits(one: Any, other: Any) -> None:
@@ -44,8 +45,7 @@ def test_there_and_back(name: str, dtype: torch.dtype) -> None:
 
 
 def images_of(model: Any) -> jax.ShapeDtypeStruct:
-    height, width = model.image_size if isinstance(model.image_size, tuple) else (model.image_size,) * 2
-    return jax.ShapeDtypeStruct((1, height, width, model.channels), jnp.float32)
+    return jax.ShapeDtypeStruct((1, *pair(model.image_size), model.channels), jnp.float32)
 
 
 def test_a_tree_that_cannot_be_stacked() -> None:
