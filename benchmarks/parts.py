@@ -4,6 +4,7 @@
 
 Both frameworks' own profilers count the milliseconds that each operation runs. XLA fuses operations; a fusion counts as
 what its result is of. It also runs operations at once, so that the sum of their times can exceed the time that passes.
+PyTorch's profile knows operations, not modules: the LayerNorm of its re-attention counts as LayerNorm.
 """
 
 import collections
@@ -73,7 +74,7 @@ def flax_times(case: Case) -> tuple[float, dict[str, float]]:
                     name = dict(event.stats).get('hlo_op')
                     if name in paths:
                         seconds[kind(paths[name], FLAX)] += event.duration_ns / 1e9
-    return passed, {name: 1e3 * time / CALLS for name, time in seconds.items()}
+    return passed, {name: 1e3 * total / CALLS for name, total in seconds.items()}
 
 
 def pytorch_times(case: Case) -> tuple[float, dict[str, float]]:
@@ -85,7 +86,7 @@ def pytorch_times(case: Case) -> tuple[float, dict[str, float]]:
     seconds: collections.Counter[str] = collections.Counter()
     for event in profile.key_averages():
         seconds[kind(event.key, PYTORCH)] += event.self_cpu_time_total / 1e6
-    return passed, {name: 1e3 * time / CALLS for name, time in seconds.items()}
+    return passed, {name: 1e3 * total / CALLS for name, total in seconds.items()}
 
 
 def timed(call: Callable[[], Any], profile: Any) -> float:
