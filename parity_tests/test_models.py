@@ -32,6 +32,7 @@ import convert
 from flax_vit import DeepViT, SimpleViT
 from flax_vit.deep_vit import FeedForward, HeadNorm
 from flax_vit.layers import gelu, softmax
+from flax_vit.simple_vit import Attention
 
 both_models = pytest.mark.parametrize('name', ['deep-plain', 'simple-oblong-patches'])
 THEIRS = {DeepViT: vit_pytorch.deepvit.DeepViT, SimpleViT: vit_pytorch.simple_vit.SimpleViT}
@@ -361,6 +362,18 @@ def test_gelu_in_half_precision_is_rounded_once(dtype: Any) -> None:
     assert gelu(x).dtype == dtype
     error = np.abs(np.asarray(gelu(x), np.float64) - exact)
     assert (error <= jnp.finfo(dtype).eps / 2 * np.abs(exact) + 1e-6).all()  # 1e-6: what float32 leaves of 1 + erf
+
+
+def test_attention_in_float16_sums_no_undivided_weights() -> None:
+    """512 equal weights of values of 200 sum to more than float16 holds; their mean is 200."""
+    attention = Attention(dim=8, heads=1, dim_head=8, query_chunk_size=None, dtype=jnp.float16)
+    params: Any = {
+        'norm': {'scale': jnp.zeros(8), 'bias': jnp.ones(8)},
+        'to_qkv': {'kernel': jnp.zeros((8, 24)).at[:, 16:].set(25)},
+        'to_out': {'kernel': jnp.eye(8)},
+    }
+    tokens = jnp.zeros((1, 512, 8), jnp.float16)
+    np.testing.assert_array_equal(attention.apply({'params': params}, tokens, train=False), np.full_like(tokens, 200))
 
 
 def test_shape_annotations_are_checked_while_tests_run() -> None:
