@@ -10,7 +10,7 @@ import numpy as np
 from flax import linen as nn
 
 from convert.errors import ConversionError
-from convert.parity import FLOOR, OUTPUT_LIMIT, RATIO, Report, Row, compare, flax_outputs
+from convert.parity import FLOOR, OUTPUT_LIMIT, Report, Row, compare, flax_outputs, ratio_limit
 from flax_vit import SimpleViT, from_pretrained
 from flax_vit.pretrained import read_golden
 
@@ -60,8 +60,9 @@ def compare_outputs(
     """Hold the port against `reference`, PyTorch's outputs (batch, classes) for `images`, in the dtype they ran in.
 
     PyTorch rounds as the port does in that dtype, so the outputs may be 3 times as far from the port in float64 as the
-    port's own are. In float64 the limit is rounding (but a SimpleViT's position table is float32 even there). When they
-    are further, every field that the weights leave open is tried with other values.
+    port's own are (more, if they are fewer than 50 numbers). In float64 the limit is rounding (but a SimpleViT's
+    position table is float32 even there). When they are further, every field that the weights leave open is tried with
+    other values.
     """
     dtype = 'float32' if reference.dtype == np.float64 and isinstance(model, SimpleViT) else reference.dtype.name
     with jax.enable_x64(True):
@@ -70,7 +71,8 @@ def compare_outputs(
             raise ConversionError(f'The saved outputs have the shape {reference.shape}, the model gives {exact.shape}.')
         limit = OUTPUT_LIMIT
         if dtype != 'float64':
-            limit = max(RATIO * _distance(logits(model, variables, images, dtype), exact), FLOOR[dtype])
+            own = _distance(logits(model, variables, images, dtype), exact)
+            limit = max(ratio_limit(reference.size) * own, FLOOR[dtype])
         difference = _distance(reference, exact)
         causes = []
         if difference > limit:

@@ -21,6 +21,8 @@ from flax_vit.stacking import unstack_layers
 OUTPUT_LIMIT = 1e-12  # of float64: rounding over the depth of a model; the mildest slip known is at 1e-5
 GRADIENT_LIMIT = 1e-11  # of float64: the way back adds as many roundings again, and sums over the batch
 RATIO = 3.0  # times PyTorch's own rounding error
+USUAL_RATIO = 1.5  # what right ports reach; in float32, of most sizes, 1.1
+FALSE_ALARMS = 1e-6  # how often chance may call a part of a right port wrong
 # Half a unit in the last place of each dtype: below it nothing is left to compare.
 FLOOR = {'float32': 2.0**-24, 'bfloat16': 2.0**-9, 'float16': 2.0**-12}
 # A gradient that is by nature zero (of what a norm removes) is rounding noise, a few 1e-15 of the largest gradient,
@@ -39,7 +41,8 @@ class Row:
     port: float  # root mean square error in the compared dtype against PyTorch in float64
     torch: float  # PyTorch's own
     limit: float  # of `exact`
-    floor: float  # of `port`
+    ratio_limit: float
+    floor: float  # of `port`, below which its ratio does not matter
 
     @property
     def ratio(self) -> float:
@@ -47,8 +50,13 @@ class Row:
         return self.port / self.torch if self.torch else float('inf') if self.port else 0.0
 
     @property
+    def port_limit(self) -> float:
+        """What `port` may be."""
+        return max(self.ratio_limit * self.torch, self.floor)
+
+    @property
     def right(self) -> bool:
-        return self.exact <= self.limit and (self.ratio <= RATIO or self.port <= self.floor)
+        return self.exact <= self.limit and self.port <= self.port_limit
 
 
 class Sides(NamedTuple):
@@ -86,7 +94,7 @@ class Report:
         if self.dtype != 'float64':
             text += (
                 f', and in {self.dtype} the Flax model is at most {RATIO:.0f} times as far from the float64 truth as '
-                'PyTorch itself'
+                'PyTorch itself (more where that is known from fewer than 50 numbers)'
             )
         return f'{text}. All relative to the size of what is compared.'
 
@@ -297,5 +305,17 @@ def compare(name: str, label: str, limit: float, dtype: str, *outputs: np.ndarra
         port=float(np.sqrt(np.mean((ours - truth) ** 2)) / mean_square),
         torch=float(np.sqrt(np.mean((theirs - truth) ** 2)) / mean_square),
         limit=limit,
+        ratio_limit=ratio_limit(truth.size),
         floor=FLOOR.get(dtype, limit),
     )
+
+
+def ratio_limit(numbers: int) -> float:
+    """What the root mean square of the port's errors over that of PyTorch's may be, each taken from so many numbers.
+
+    `RATIO`, but of few numbers the ratio is itself uncertain: its square, over that of the true ratio, has the F
+    distribution. From 50 numbers down chance would too often lift a right port's ratio above `RATIO`.
+    """
+    from scipy.special import fdtri
+
+    return max(RATIO, USUAL_RATIO * float(fdtri(numbers, numbers, 1 - FALSE_ALARMS)) ** 0.5)

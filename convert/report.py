@@ -162,7 +162,7 @@ def _row(row: Row) -> dict[str, Any]:
         'worst': list(row.worst),
         'flax': row.port,
         'torch': row.torch,
-        'flax_limit': max(RATIO * row.torch, row.floor),
+        'flax_limit': row.port_limit,
         'ratio': row.ratio,
         'right': row.right,
     }

@@ -26,6 +26,7 @@ from flax_vit.layers import (
     check_sizes,
     gelu,
     in_query_chunks,
+    product,
     sequential,
     softmax,
     to_patches,
@@ -77,11 +78,11 @@ class Attention(Layer):
         q, k, v = jnp.unstack(rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads))
 
         def attend(self: 'Attention', q: Float[Array, 'batch heads i d']) -> Float[Array, 'batch heads i d']:
-            dots = jnp.einsum('bhid,bhjd->bhij', q, k, precision=self.precision) * self.dim_head**-0.5
+            dots = product('bhid,bhjd->bhij', q, k, precision=self.precision) * self.dim_head**-0.5
             # vit-pytorch drops out the attention map before re-attention, not after it
             attn = self.attention_dropout(softmax(dots), deterministic=not train)
             attn = self.reattn_norm_1(attn, mix=self.reattn_weights)
-            return jnp.einsum('bhij,bhjd->bhid', attn, v, precision=self.precision)
+            return product('bhij,bhjd->bhid', attn, v, precision=self.precision)
 
         out = in_query_chunks(self, attend, q, self.query_chunk_size)
         return sequential(self.to_out, rearrange(out, 'b h n d -> b n (h d)'), train=train)
@@ -109,7 +110,7 @@ class HeadNorm(Layer):
         mix = (mix - mix.mean(axis=1, keepdims=True)).astype(attn.dtype)
         # With the batch on both sides, this is a plain product of matrices, (heads, heads) and (heads, i j).
         mix = jnp.broadcast_to(mix.T, (batch, heads, heads))
-        mixed = jnp.matmul(mix, attn.reshape(batch, heads, i * j), precision=self.precision)
+        mixed = product('bgh,bhn->bgn', mix, attn.reshape(batch, heads, i * j), precision=self.precision)
         centred = mixed.reshape(attn.shape).astype(wide)
         # A sum of slices, which becomes one loop over the keys; a reduction would step over them, head by head.
         variance = sum(jnp.split(centred**2, heads, axis=1)) / heads

@@ -25,6 +25,7 @@ from flax_vit.layers import (
     gelu,
     in_query_chunks,
     pair,
+    product,
     sequential,
     to_patches,
 )
@@ -84,13 +85,13 @@ class Attention(Layer):
         q, k, v = jnp.unstack(rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads))
 
         def attend(self: 'Attention', q: Float[Array, 'batch heads i d']) -> Float[Array, 'batch heads i d']:
-            dots = jnp.einsum('bhid,bhjd->bhij', q * self.dim_head**-0.5, k, precision=self.precision)
+            dots = product('bhid,bhjd->bhij', q * self.dim_head**-0.5, k, precision=self.precision)
             weights, total = exponentials(dots)
             attn = self.attend((weights / total).astype(dots.dtype))
             if attn.dtype != total.dtype:  # half precision, for which the sums of undivided weights can be too large
-                return jnp.einsum('bhij,bhjd->bhid', attn, v, precision=self.precision)
+                return product('bhij,bhjd->bhid', attn, v, precision=self.precision)
             # Divided after the product: one pass over the map less. What nobody looks at, the compiler leaves out.
-            return jnp.einsum('bhij,bhjd->bhid', weights, v, precision=self.precision) / total
+            return product('bhij,bhjd->bhid', weights, v, precision=self.precision) / total
 
         out = in_query_chunks(self, attend, q, self.query_chunk_size)
         return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))
