@@ -208,6 +208,7 @@ class DeepViT(Layer):
         With `train`, the dropout needs `rngs={'dropout': key}`.
         """
         x = sequential(self.to_patch_embedding, images, train=train)
+        x = x.astype(nn.dtypes.canonicalize_dtype(x, self.cls_token, self.pos_embedding, dtype=self.dtype))
         batch, tokens, dim = x.shape
         cls_tokens = add(jnp.zeros((batch, 1, dim), x.dtype), self.cls_token)
         x = jnp.concatenate([cls_tokens, x], axis=1)

@@ -49,9 +49,10 @@ class Linear(Layer):
     def __call__(self, x: Float[Array, '*batch in_features']) -> Float[Array, '*batch features']:
         init = uniform(self.in_features**-0.5)
         kernel = self.param('kernel', init, (self.in_features, self.features), self.param_dtype)
-        x, kernel = nn.dtypes.promote_dtype(x, kernel, dtype=self.dtype)
-        x = product('...i,io->...o', x, kernel, precision=self.precision)
-        return add(x, self.param('bias', init, (self.features,), self.param_dtype)) if self.bias else x
+        bias = self.param('bias', init, (self.features,), self.param_dtype) if self.bias else None
+        dtype = nn.dtypes.canonicalize_dtype(x, kernel, bias, dtype=self.dtype)
+        x = product('...i,io->...o', x.astype(dtype), kernel.astype(dtype), precision=self.precision)
+        return x if bias is None else add(x, bias)
 
 
 class LayerNorm(Layer):
@@ -208,6 +209,8 @@ class Transformer(Layer):
             return x
 
         if self.scan_layers:
+            # what is carried from block to block keeps one dtype: the one that the blocks end in
+            x = x.astype(self.dtype or jnp.result_type(x, *jax.tree.leaves(self.blocks.variables)))
             scan: Any = nn.scan(
                 lambda blocks, x, _: (block(blocks.layers, x), None),
                 variable_axes={'params': 0, 'intermediates': 0},

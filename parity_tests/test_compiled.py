@@ -1,5 +1,6 @@
 """What XLA makes of the models: memory that `query_chunk_size` saves, programs that `scan_layers` keeps small."""
 
+import re
 from typing import Any
 
 import jax
@@ -63,3 +64,20 @@ def test_programs_grow_with_the_depth_and_not_with_its_square(model_class: Any) 
 @both_models
 def test_scanned_programs_do_not_grow(model_class: Any) -> None:
     assert lines(model_class, 64, scan_layers=True) < 1.05 * lines(model_class, 8, scan_layers=True)
+
+
+@pytest.mark.parametrize(('platform', 'result'), [('cpu', 'f32'), ('cuda', 'bf16'), ('tpu', 'bf16')])
+@both_models
+def test_bfloat16_products_are_asked_for_in_float32_on_cpus_only(model_class: Any, platform: str, result: str) -> None:
+    """There a CPU's own units for bfloat16 are used; elsewhere the result would take twice the memory."""
+    model = model_class(
+        image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=24, dtype=jnp.bfloat16
+    )
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.bfloat16)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    program = jax.jit(model.apply).trace(variables, images).lower(lowering_platforms=(platform,)).as_text()
+    products = re.findall(
+        r'dot_general .*: \(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\) -> tensor<[\dx]*x(\w+)>', program
+    )
+    assert len(products) == program.count('dot_general') >= 8
+    assert set(products) == {('bf16', 'bf16', result)}

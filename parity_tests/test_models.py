@@ -14,6 +14,7 @@ import pytest
 import torch
 import vit_pytorch.deepvit
 import vit_pytorch.simple_vit
+from flax import linen as nn
 from jaxtyping import TypeCheckError
 from reference import (
     CONFIGURATIONS,
@@ -31,7 +32,7 @@ from scipy import stats
 import convert
 from flax_vit import DeepViT, SimpleViT
 from flax_vit.deep_vit import FeedForward, HeadNorm
-from flax_vit.layers import gelu, softmax
+from flax_vit.layers import Linear, gelu, softmax
 from flax_vit.simple_vit import Attention
 
 both_models = pytest.mark.parametrize('name', ['deep-plain', 'simple-oblong-patches'])
@@ -409,3 +410,15 @@ assert 'convert' not in sys.modules
 def test_the_models_need_no_torch(program: str) -> None:
     done = subprocess.run([sys.executable, '-W', 'error', '-c', program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('kernel', [jnp.bfloat16, jnp.float32, jnp.float64], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize('bias', [jnp.bfloat16, jnp.float32, jnp.float64], ids=lambda dtype: dtype.__name__)
+def test_a_layer_computes_in_what_its_parameters_promote_to(kernel: Any, bias: Any, float64: None) -> None:
+    """As linen's Dense, with the same names of parameters."""
+    params = {'kernel': jnp.linspace(-1, 1, 6, dtype=kernel).reshape(2, 3), 'bias': jnp.linspace(0, 1, 3, dtype=bias)}
+    x = jnp.linspace(-1, 1, 8, dtype=jnp.bfloat16).reshape(4, 2)
+    ours = Linear(in_features=2, features=3).apply({'params': params}, x)
+    theirs = nn.Dense(3).apply({'params': params}, x)
+    assert ours.dtype == theirs.dtype
+    np.testing.assert_allclose(ours.astype(float), theirs.astype(float), rtol=float(jnp.finfo(ours.dtype).eps))

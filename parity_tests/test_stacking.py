@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 import torch
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType
 from reference import CONFIGURATIONS, converted, pytorch
 
 import convert
-from flax_vit import from_pretrained, save_pretrained, stack_layers, unstack_layers
+from flax_vit import DeepViT, SimpleViT, from_pretrained, save_pretrained, stack_layers, unstack_layers
 from flax_vit.layers import pair
 
 
@@ -119,3 +119,21 @@ def test_options_that_make_no_sense(field: str, value: Any, monkeypatch: pytest.
     _, model, _ = converted(CONFIGURATIONS['deep-mean'], torch.float32)
     with pytest.raises(ValueError, match=f'{field} must be'):
         model.clone(**{field: value})
+
+
+@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
+def test_parameters_of_several_dtypes(model_class: Any) -> None:
+    """Half the matrices, whole the rest, and half the images: every layer's result is of what they promote to."""
+    model = model_class(
+        image_size=8, patch_size=4, num_classes=3, dim=16, depth=2, heads=2, mlp_dim=24, patch_norm=False
+    )
+    images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3), jnp.bfloat16)
+    flat = flatten_dict(model.init(jax.random.key(1), images))
+    mixed = {path: array.astype(jnp.bfloat16) if path[-1] == 'kernel' else array for path, array in flat.items()}
+    variables = unflatten_dict(mixed)
+    logits = model.apply(variables, images)
+    stacked = model.clone(scan_layers=True).apply(stack_layers(variables), images)
+    assert logits.dtype == stacked.dtype == jnp.float32
+    np.testing.assert_allclose(stacked, logits, rtol=1e-4, atol=1e-6)
+    half = model.clone(scan_layers=True, dtype=jnp.bfloat16)
+    assert half.apply(stack_layers(variables), images).dtype == jnp.bfloat16
