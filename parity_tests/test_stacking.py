@@ -123,14 +123,16 @@ def test_options_that_make_no_sense(field: str, value: Any, monkeypatch: pytest.
 
 @pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
 def test_parameters_of_several_dtypes(model_class: Any) -> None:
-    """Half the matrices, whole the rest, and half the images: every layer's result is of what they promote to."""
+    """Norms wide, the rest and the images half: every layer's result is of what they promote to."""
     model = model_class(
         image_size=8, patch_size=4, num_classes=3, dim=16, depth=2, heads=2, mlp_dim=24, patch_norm=False
     )
     images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3), jnp.bfloat16)
     flat = flatten_dict(model.init(jax.random.key(1), images))
-    mixed = {path: array.astype(jnp.bfloat16) if path[-1] == 'kernel' else array for path, array in flat.items()}
-    variables = unflatten_dict(mixed)
+    norms = ('scale', 'norm', 'net_0')
+    variables = unflatten_dict(
+        {path: array if set(norms) & set(path) else array.astype(jnp.bfloat16) for path, array in flat.items()}
+    )
     logits = model.apply(variables, images)
     stacked = model.clone(scan_layers=True).apply(stack_layers(variables), images)
     assert logits.dtype == stacked.dtype == jnp.float32
