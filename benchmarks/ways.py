@@ -2,7 +2,7 @@
 
 A way is a function of a case that returns `call`, which does the work once and waits for its end. The work is a
 forward, or a training step: forward, cross-entropy, backward, AdamW. All ways have the same weights' shapes, the same
-images and the default settings of their frameworks.
+images and the default settings of their frameworks, but for JAX's precision on a GPU.
 """
 
 import gc
@@ -126,6 +126,13 @@ def fused(case: Case) -> Callable[[], None]:
     return torch_work(case, prepare)
 
 
+def precision() -> str | None:
+    """Of JAX's matrix products: on a GPU what PyTorch's default is, float32, which for JAX is not the default."""
+    import jax
+
+    return None if jax.default_backend() == 'cpu' else 'highest'
+
+
 def flax_program(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     """The case in Flax, to be jitted, and what to call it with; of a training step, its results are the next one's."""
     import jax
@@ -134,10 +141,11 @@ def flax_program(case: Case) -> tuple[Callable[..., Any], list[Any]]:
 
     import flax_vit
 
-    dtype = jnp.dtype(case.dtype)
-    model = getattr(flax_vit, case.model)(num_classes=CLASSES, dtype=dtype, param_dtype=dtype, **SIZES[case.size])
+    model = getattr(flax_vit, case.model)(
+        num_classes=CLASSES, dtype=case.dtype, param_dtype=case.dtype, precision=precision(), **SIZES[case.size]
+    )
     side = SIZES[case.size]['image_size']
-    images = jax.random.normal(jax.random.key(0), (case.batch, side, side, 3), dtype)
+    images = jax.random.normal(jax.random.key(0), (case.batch, side, side, 3), case.dtype)
     labels = jnp.zeros(case.batch, int)
     variables = jax.jit(model.init)(jax.random.key(1), images)
     if not case.training:
@@ -193,7 +201,7 @@ def jax_product(case: Case) -> Callable[[], None]:
     import jax
 
     square = jax.random.normal(jax.random.key(0), (SIDE, SIDE), case.dtype)
-    product = jax.jit(lambda square: square @ square)
+    product = jax.jit(lambda square: jax.numpy.matmul(square, square, precision=precision()))
     return lambda: product(square).block_until_ready()
 
 
@@ -206,18 +214,28 @@ WAYS: dict[str, Callable[[Case], Callable[[], None]]] = {
 PRODUCTS = {'product, PyTorch': torch_product, 'product, JAX': jax_product}
 
 
-def memory_peak() -> int:
-    """Bytes: of the GPU where there is one, else the process's peak of resident memory."""
+def forget_memory_peak() -> None:
+    """What was in use up to now does not count. (JAX cannot forget a GPU's peak; that of preparing a case is small.)"""
+    import sys
+
+    torch = sys.modules.get('torch')
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    Path('/proc/self/clear_refs').write_text('5')
+
+
+def memory(*, peak: bool) -> int:
+    """Bytes in use, or at most so far: of the GPU where there is one, else of the process, resident."""
     import sys
 
     torch, jax = sys.modules.get('torch'), sys.modules.get('jax')
     if torch is not None and torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
     statistics_of_device = jax.devices()[0].memory_stats() if jax is not None else None
     if statistics_of_device:
-        return statistics_of_device['peak_bytes_in_use']
+        return statistics_of_device['peak_bytes_in_use' if peak else 'bytes_in_use']
     status = Path('/proc/self/status').read_text()
-    return 1024 * int(re.search(r'VmHWM:\s*(\d+)', status)[1])  # type: ignore[index]
+    return 1024 * int(re.search(rf'{"VmHWM" if peak else "VmRSS"}:\s*(\d+)', status)[1])  # type: ignore[index]
 
 
 def work(connection: Connection, way: str, case: Case) -> None:
@@ -227,15 +245,15 @@ def work(connection: Connection, way: str, case: Case) -> None:
     os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
     call = {**WAYS, **PRODUCTS}[way](case)
     gc.collect()
-    Path('/proc/self/clear_refs').write_text('5')  # the peak so far is forgotten
-    before = memory_peak()
+    forget_memory_peak()
+    before = memory(peak=False)
     start = time.perf_counter()
     call()
     first = time.perf_counter() - start
     start = time.perf_counter()
     call()
     second = time.perf_counter() - start
-    connection.send({'compile_seconds': max(first - second, 0.0), 'memory_bytes': memory_peak() - before})
+    connection.send({'compile_seconds': max(first - second, 0.0), 'memory_bytes': memory(peak=True) - before})
     while connection.recv():
         call()  # not counted: meets the caches that another way left, and memory that a virtual machine took back
         times = []

@@ -132,7 +132,8 @@ def exponentials(
 
 def softmax(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
     """Softmax of the last axis, computed at least in float32, returned in the dtype of `x`."""
-    return nn.softmax(x.astype(jnp.promote_types(x.dtype, jnp.float32))).astype(x.dtype)
+    weights, total = exponentials(x)
+    return (weights / total).astype(x.dtype)
 
 
 def sequential(layers: Sequence[Any], x: Shaped[Array | np.ndarray, '...'], *, train: bool) -> Float[Array, '...']:
