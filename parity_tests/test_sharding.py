@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from on_devices import training_state
+from on_devices import OTHER_FIELDS, training_state
 from orbax.checkpoint import v1 as orbax
 from test_pretrained import assert_equal, variables_of
+from test_readme import ROOT, blocks
 
-from flax_vit import DeepViT, SimpleViT, from_pretrained, save_pretrained, shardings
+from flax_vit import DeepViT, PretrainedWarning, SimpleViT, from_pretrained, save_pretrained, shardings
 from flax_vit.pretrained import param_shapes
 
 SIZES: Any = {'image_size': 16, 'patch_size': 4, 'dim': 32, 'depth': 1, 'heads': 4, 'dim_head': 8, 'mlp_dim': 64}
@@ -115,9 +116,7 @@ def test_two_processes_read_only_their_slices(folders: dict[str, pathlib.Path]) 
     with jax.enable_x64(True):
         model, variables = from_pretrained(folder)
         expected = np.asarray(jax.jit(model.apply)(variables, images))
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     (folder / 'config.json').write_text(json.dumps(wrong))  # the files are not read whole, so nobody minds
     try:
         processes = [start('process', str(number), port, str(folder)) for number in range(2)]
@@ -135,6 +134,42 @@ def test_two_processes_read_only_their_slices(folders: dict[str, pathlib.Path]) 
         assert facts['read'].keys() == whole.keys()  # nothing else, such as golden arrays
     with jax.enable_x64(True):
         assert_equal(from_pretrained(f'{folder}-again')[1], variables)
+        with pytest.warns(PretrainedWarning):
+            _, fitted = from_pretrained(folder, **OTHER_FIELDS)
+        assert_equal(from_pretrained(f'{folder}-fitted')[1], fitted)  # a new head, resized positions
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return str(free.getsockname()[1])
+
+
+def test_the_page_on_two_processes(tmp_path: pathlib.Path) -> None:
+    """The blocks of docs/devices.md under "Several hosts", the pod's as well, in turn in each of two processes."""
+    texts = [text for _, text in blocks(ROOT / 'docs' / 'devices.md', 'python')]
+    (first,) = (number for number, text in enumerate(texts) if 'sys.argv' in text)
+    here = {  # two processes of two devices, instead of a pod whose hosts have four
+        "'127.0.0.1:1234'": f"'127.0.0.1:{free_port()}'",
+        'jax.distributed.initialize()\n': '',
+        '// 4, 4)': '// 2, 2)',
+        "'owner/vit'": "'tuned-vit'",
+        'images_of_this_process': "__import__('numpy').ones((2, 32, 32, 3), 'float32')",
+    }
+    script = '\n'.join(texts[first:])
+    for words, others in here.items():
+        assert script.count(words) == 1
+        script = script.replace(words, others)
+    script += 'assert logits.shape == (4, 10), logits.shape'
+    model = DeepViT(image_size=32, patch_size=8, num_classes=10, dim=16, depth=1, heads=4, mlp_dim=32)
+    save_pretrained(tmp_path / 'spread-vit', model, variables_of(model))
+    processes = [
+        subprocess.Popen([sys.executable, '-c', script, number], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        for number in '01'
+    ]
+    for process in processes:
+        _, complaint = process.communicate(timeout=300)
+        assert process.returncode == 0, complaint
 
 
 @pytest.fixture
