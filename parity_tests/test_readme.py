@@ -93,3 +93,18 @@ def test_the_two_commands_are_the_makefiles() -> None:
     for command in ('ruff check .', 'ruff format --check .', 'mypy', 'pytest --numprocesses auto'):
         assert f'$(BIN)/{command}\n' in makefile
         assert command in by_hand
+
+
+def test_what_pages_name_is_there() -> None:
+    """Files of the project, constants in them, modules that are run, tests."""
+    pages = [*PAGES, ROOT / 'CONTRIBUTING.md', ROOT / 'CHANGELOG.md']
+    text = '\n'.join(page.read_text(encoding='utf-8') for page in pages).replace('`flax_vit/your_model.py`', '')
+    files = re.findall(r'\b(?:benchmarks|convert|examples|flax_vit|parity_tests)/[\w/]*\w\.\w+', text)
+    files += [name.replace('.', '/') + '.py' for name in re.findall(r'python -m (parity_tests\.\w+)', text)]
+    assert len(files) > 30
+    assert [file for file in files if not (ROOT / file).exists()] == []
+    for name, file in re.findall(r'`(_?[A-Z]{4,})`\s+in\s+`(\w+/\w+\.py)`', text):
+        assert re.search(rf'^{name}\b', (ROOT / file).read_text(), re.MULTILINE), name
+    tests = '\n'.join(file.read_text() for file in (ROOT / 'parity_tests').glob('test_*.py'))
+    for beginning in re.findall(r'::(test_\w+)', text):
+        assert f'def {beginning}' in tests
