@@ -163,13 +163,38 @@ def test_the_page_on_two_processes(tmp_path: pathlib.Path) -> None:
     script += 'assert logits.shape == (4, 10), logits.shape'
     model = DeepViT(image_size=32, patch_size=8, num_classes=10, dim=16, depth=1, heads=4, mlp_dim=32)
     save_pretrained(tmp_path / 'spread-vit', model, variables_of(model))
+    run_twice(script, tmp_path)
+
+
+def run_twice(script: str, folder: pathlib.Path) -> None:
+    """In two processes at once, which it tells apart by its argument."""
     processes = [
-        subprocess.Popen([sys.executable, '-c', script, number], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, '-c', script, number], cwd=folder, stderr=subprocess.PIPE, text=True)
         for number in '01'
     ]
     for process in processes:
         _, complaint = process.communicate(timeout=300)
         assert process.returncode == 0, complaint
+
+
+JOINED = """
+import sys
+import jax
+jax.config.update('jax_num_cpu_devices', 2)
+jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+jax.distributed.initialize('127.0.0.1:PORT', num_processes=2, process_id=int(sys.argv[1]))
+"""
+
+
+def test_the_way_to_a_pod_on_two_processes(tmp_path: pathlib.Path) -> None:
+    """docs/tpu.md from the loading on; what stands before it is done beforehand."""
+    texts = [text for _, text in blocks(ROOT / 'docs' / 'tpu.md', 'python')]
+    imports, *others = texts[0].partition('\nwith')[0], *(text for text in texts[1:] if 'verify' not in text)
+    model = DeepViT(
+        image_size=8, patch_size=4, num_classes=10, dim=16, depth=1, heads=4, mlp_dim=32, channels=1, dropout=0.1
+    )
+    save_pretrained(tmp_path / 'digits-on-tpu', model, variables_of(model))
+    run_twice('\n'.join([JOINED.replace('PORT', free_port()), imports, *others]), tmp_path)
 
 
 @pytest.fixture
