@@ -80,7 +80,7 @@ def main(gib: float, repetitions: int, report: Path | None) -> None:
         for repetition in range(repetitions):
             for number, (way, code) in enumerate(WAYS.items()):
                 target = Path(folder) / f'{repetition}-{number}'
-                command = [sys.executable, '-c', MEASURE.format(way=code), source, target]
+                command: list[str | Path] = [sys.executable, '-c', MEASURE.format(way=code), source, target]
                 run = subprocess.run(command, check=True, capture_output=True, text=True)
                 measured[way].append(json.loads(run.stdout))
                 subprocess.run(['rm', '-rf', target], check=True)

@@ -63,7 +63,7 @@ def flax_times(case: Case) -> tuple[float, dict[str, float]]:
 
     function, arguments = flax_program(case)
     program = jax.jit(function).lower(*arguments).compile()
-    paths = operations(program.as_text())
+    paths = operations(program.as_text() or '')
     seconds: collections.Counter[str] = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
         passed = timed(lambda: jax.block_until_ready(program(*arguments)), jax.profiler.trace(folder))

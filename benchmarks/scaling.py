@@ -62,7 +62,8 @@ def tokens(name: str, side: int, chunk: int | None, repetitions: int) -> dict[st
     row: dict[str, Any] = {'model': name, 'tokens': side**2 + (name == 'DeepViT'), 'chunk': chunk}
     for what, function in {'forward': model.apply, 'gradient': gradient(model)}.items():
         compiled = jax.jit(function).lower(variables, images).compile()
-        memory = compiled.memory_analysis().temp_size_in_bytes
+        plan: Any = compiled.memory_analysis()
+        memory = plan.temp_size_in_bytes
         row[f'{what}_bytes'] = memory
         row[f'{what}_seconds'] = None
         if side <= TIMED or (what == 'forward' and memory <= FITS):

@@ -256,7 +256,7 @@ def work(connection: Connection, way: str, case: Case) -> None:
     connection.send({'compile_seconds': max(first - second, 0.0), 'memory_bytes': memory(peak=True) - before})
     while connection.recv():
         call()  # not counted: meets the caches that another way left, and memory that a virtual machine took back
-        times = []
+        times: list[float] = []
         end = time.perf_counter() + BURST
         while not times or time.perf_counter() < end:
             start = time.perf_counter()

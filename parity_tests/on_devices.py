@@ -27,6 +27,8 @@ from safetensors import safe_open
 
 from flax_vit import from_pretrained, save_pretrained, shardings
 
+OTHER_FIELDS: Any = {'num_classes': 8, 'image_size': 24, 'param_dtype': 'bfloat16'}
+
 
 def main(task: str, *arguments: str) -> None:
     if task == 'eight':
@@ -96,10 +98,9 @@ def eight(folder: str) -> dict[str, Any]:
 
 def changed(folder: str) -> dict[str, Any]:
     """The same with a new head, resized positions and in bfloat16: on the mesh and on one device."""
-    fields: Any = {'num_classes': 8, 'image_size': 24, 'param_dtype': 'bfloat16'}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        alone, spread = (from_pretrained(folder, mesh=mesh, **fields)[1] for mesh in (None, mesh_of(2, 4)))
+        alone, spread = (from_pretrained(folder, mesh=mesh, **OTHER_FIELDS)[1] for mesh in (None, mesh_of(2, 4)))
     return {'same bits': same(alone, spread), 'parameters': placement(spread)}
 
 
@@ -112,9 +113,13 @@ def process(folder: str) -> dict[str, Any]:
         from_pretrained(folder, mesh=mesh, check=True)
     except ValueError as error:
         checked = str(error)
-    gathered = process_allgather(variables, tiled=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        other, fitted = from_pretrained(folder, mesh=mesh, **OTHER_FIELDS)
+    gathered, gathered_fitted = process_allgather((variables, fitted), tiled=True)
     if jax.process_index() == 0:
         save_pretrained(f'{folder}-again', model, gathered)
+        save_pretrained(f'{folder}-fitted', other, gathered_fitted)
     images = np.load(f'{folder}/../images.npy')
     whole = NamedSharding(mesh, P())
     spread = jax.make_array_from_callback(images.shape, whole, lambda index: images[index])
@@ -123,6 +128,7 @@ def process(folder: str) -> dict[str, Any]:
         'devices': [jax.device_count(), jax.local_device_count()],
         'read': read,
         'parameters': placement(variables),
+        'fitted': placement(fitted),
         'checked': checked,
         'logits': np.asarray(logits).tolist(),
     }

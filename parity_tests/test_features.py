@@ -25,6 +25,7 @@ WAYS: dict[str, dict[str, Any]] = {
     'plain': {},
     'scanned': {'scan_layers': True},
     'in-chunks': {'query_chunk_size': 2, 'remat': True},
+    'scanned-in-chunks': {'scan_layers': True, 'query_chunk_size': 2, 'remat': True},
 }
 MODELS = ['deep-mean', 'simple-oblong-patches']
 CASES = [

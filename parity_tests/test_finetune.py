@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import rich_click as click
 from rich.progress import Progress
 
 from flax_vit import SimpleViT
@@ -48,7 +49,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def run(out: pathlib.Path, environment: dict[str, str], *, before: str = '') -> int:
     """The exit status of the example, run in a process of its own; torch must not be imported in it."""
     command = [sys.executable, '-c', before + RUN, str(out), *SETTINGS]
-    return subprocess.run(command, env=environment, check=False).returncode
+    with (out / 'printed').open('w') as printed:
+        return subprocess.run(command, env=environment, check=False, stdout=printed).returncode
 
 
 @pytest.fixture(scope='module')
@@ -75,6 +77,9 @@ def test_it_learns(straight: pathlib.Path) -> None:
     assert points[-1]['loss'] < points[0]['loss']
     assert points[-1]['held_out'] > 0.2
     assert '<svg' in (straight / 'accuracy.svg').read_text()
+    lines = (straight / 'printed').read_text().splitlines()  # where there is no terminal
+    assert [line.partition(',')[0] for line in lines[:3]] == [f'converted: step {step}' for step in (10, 20, 30)]
+    assert lines[3:] == [f'converted: {points[-1]["held_out"]:.1%} of 1000 held-out digits right']
 
 
 def test_a_killed_run_goes_on_to_the_same_weights(
@@ -105,8 +110,30 @@ def test_a_run_with_other_settings_is_refused(straight: pathlib.Path, monkeypatc
     variables = {'params': {'kernel': np.zeros(1)}}
     data = (np.zeros((4, 8, 8, 1), np.uint8), np.zeros(4, int)) * 2
     settings = {'steps': 30, 'every': 10, 'batch': 32, 'seed': 1}
-    with pytest.raises(ValueError, match=r"other settings, .*'seed': 0.* instead of .*'seed': 1"):
+    with pytest.raises(click.UsageError, match=r"other settings, .*'seed': 0.* instead of .*'seed': 1"):
         fit(model, variables, data, straight / 'converted' / 'checkpoints', settings, Progress())
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (['--batch', '32'], '--batch 32 is not a multiple of the 3 devices'),
+        (['--batch', '33', '--image-size', '18'], '--image-size 18 is not a multiple of the patch, 4'),
+        (['--batch', '33', '--image-size', '18', '--model', 'simple_vit'], 'not a multiple of the patch, 4'),
+    ],
+    ids=['batch', 'deep_vit', 'simple_vit'],
+)
+def test_what_does_not_fit_is_refused(
+    arguments: list[str], words: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLE)
+    import finetune
+
+    monkeypatch.setattr('jax.device_count', lambda: 3)
+    with pytest.raises(click.UsageError, match=words) as refused:  # of which click makes the exit status
+        finetune.main([str(tmp_path / 'out'), *arguments], standalone_mode=False)
+    assert refused.value.exit_code == 2
+    assert not (tmp_path / 'out').exists()
 
 
 def test_a_batch_depends_on_its_number_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hub_server import serving
 from test_pretrained import MODELS, variables_of
+from test_readme import ROOT, blocks
 
 from flax_vit import from_pretrained, push_to_hub, save_pretrained
 from flax_vit.folder import read_config
@@ -123,3 +124,12 @@ def test_what_is_neither_a_folder_nor_a_name(tmp_path: pathlib.Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     save_pretrained('someone/vit', MODELS['simple'], variables_of(MODELS['simple']))
     from_pretrained('someone/vit')  # a folder comes first
+
+
+def test_the_page(tmp_path: pathlib.Path) -> None:
+    (block,) = (text for _, text in blocks(ROOT / 'docs' / 'folders.md', 'python') if 'push_to_hub' in text)
+    model = MODELS['deep']
+    save_pretrained(tmp_path / 'deep-vit', model, variables_of(model))
+    with serving() as (address, hub):
+        client(block, tmp_path, HF_ENDPOINT=address)
+        assert list(hub.commits) == ['owner/deep-vit']

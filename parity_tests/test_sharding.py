@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
-from on_devices import training_state
+from on_devices import OTHER_FIELDS, training_state
 from orbax.checkpoint import v1 as orbax
 from test_pretrained import assert_equal, variables_of
+from test_readme import ROOT, blocks
 
-from flax_vit import DeepViT, SimpleViT, from_pretrained, save_pretrained, shardings
+from flax_vit import DeepViT, PretrainedWarning, SimpleViT, from_pretrained, save_pretrained, shardings
 from flax_vit.pretrained import param_shapes
 
 SIZES: Any = {'image_size': 16, 'patch_size': 4, 'dim': 32, 'depth': 1, 'heads': 4, 'dim_head': 8, 'mlp_dim': 64}
@@ -115,9 +116,7 @@ def test_two_processes_read_only_their_slices(folders: dict[str, pathlib.Path]) 
     with jax.enable_x64(True):
         model, variables = from_pretrained(folder)
         expected = np.asarray(jax.jit(model.apply)(variables, images))
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     (folder / 'config.json').write_text(json.dumps(wrong))  # the files are not read whole, so nobody minds
     try:
         processes = [start('process', str(number), port, str(folder)) for number in range(2)]
@@ -135,6 +134,67 @@ def test_two_processes_read_only_their_slices(folders: dict[str, pathlib.Path]) 
         assert facts['read'].keys() == whole.keys()  # nothing else, such as golden arrays
     with jax.enable_x64(True):
         assert_equal(from_pretrained(f'{folder}-again')[1], variables)
+        with pytest.warns(PretrainedWarning):
+            _, fitted = from_pretrained(folder, **OTHER_FIELDS)
+        assert_equal(from_pretrained(f'{folder}-fitted')[1], fitted)  # a new head, resized positions
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        return str(free.getsockname()[1])
+
+
+def test_the_page_on_two_processes(tmp_path: pathlib.Path) -> None:
+    """The blocks of docs/devices.md under "Several hosts", the pod's as well, in turn in each of two processes."""
+    texts = [text for _, text in blocks(ROOT / 'docs' / 'devices.md', 'python')]
+    (first,) = (number for number, text in enumerate(texts) if 'sys.argv' in text)
+    here = {  # two processes of two devices, instead of a pod whose hosts have four
+        "'127.0.0.1:1234'": f"'127.0.0.1:{free_port()}'",
+        'jax.distributed.initialize()\n': '',
+        '// 4, 4)': '// 2, 2)',
+        "'owner/vit'": "'tuned-vit'",
+        'images_of_this_process': "__import__('numpy').ones((2, 32, 32, 3), 'float32')",
+    }
+    script = '\n'.join(texts[first:])
+    for words, others in here.items():
+        assert script.count(words) == 1
+        script = script.replace(words, others)
+    script += 'assert logits.shape == (4, 10), logits.shape'
+    model = DeepViT(image_size=32, patch_size=8, num_classes=10, dim=16, depth=1, heads=4, mlp_dim=32)
+    save_pretrained(tmp_path / 'spread-vit', model, variables_of(model))
+    run_twice(script, tmp_path)
+
+
+def run_twice(script: str, folder: pathlib.Path) -> None:
+    """In two processes at once, which it tells apart by its argument."""
+    processes = [
+        subprocess.Popen([sys.executable, '-c', script, number], cwd=folder, stderr=subprocess.PIPE, text=True)
+        for number in '01'
+    ]
+    for process in processes:
+        _, complaint = process.communicate(timeout=300)
+        assert process.returncode == 0, complaint
+
+
+JOINED = """
+import sys
+import jax
+jax.config.update('jax_num_cpu_devices', 2)
+jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+jax.distributed.initialize('127.0.0.1:PORT', num_processes=2, process_id=int(sys.argv[1]))
+"""
+
+
+def test_the_way_to_a_pod_on_two_processes(tmp_path: pathlib.Path) -> None:
+    """docs/tpu.md from the loading on; what stands before it is done beforehand."""
+    texts = [text for _, text in blocks(ROOT / 'docs' / 'tpu.md', 'python')]
+    imports, *others = texts[0].partition('\nwith')[0], *(text for text in texts[1:] if 'verify' not in text)
+    model = DeepViT(
+        image_size=8, patch_size=4, num_classes=10, dim=16, depth=1, heads=4, mlp_dim=32, channels=1, dropout=0.1
+    )
+    save_pretrained(tmp_path / 'digits-on-tpu', model, variables_of(model))
+    run_twice('\n'.join([JOINED.replace('PORT', free_port()), imports, *others]), tmp_path)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Parameters stacked over the depth and back, in memory and in folders."""
 
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import optax
 import pytest
 import torch
+from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType
-from reference import CONFIGURATIONS, converted, pytorch
+from reference import CONFIGURATIONS, QUICK, converted, pytorch
 
 import convert
 from flax_vit import DeepViT, SimpleViT, from_pretrained, save_pretrained, stack_layers, unstack_layers
@@ -109,6 +111,62 @@ def test_the_state_of_an_optimizer() -> None:
     _, _, variables = converted(CONFIGURATIONS['deep-mean'], torch.float32)
     moments = optax.adam(1e-3).init(variables)[0].mu
     assert_same_bits(unstack_layers(stack_layers(moments)), moments)
+
+
+# How a model is computed, and with it which dropout masks a key draws.
+DRAWS: list[dict[str, Any]] = [
+    {},
+    {'scan_layers': True},
+    {'query_chunk_size': 20},
+    {'scan_layers': True, 'query_chunk_size': 20},
+]
+
+
+@cache
+def trained(**fields: Any) -> tuple[Any, set[bytes], float]:
+    """Loss and gradients of a DeepViT in training; what dropout left of the attention maps, and what share."""
+    plain = DeepViT(
+        image_size=24, patch_size=4, num_classes=5, dim=12, depth=2, heads=3, mlp_dim=10, dim_head=4, dropout=0.3
+    )
+    images = jax.random.normal(jax.random.key(0), (2, 24, 24, 3))
+    variables = jax.jit(plain.init)(jax.random.key(1), images)
+    model = plain.clone(**fields)
+    masks: list[np.ndarray] = []
+
+    def look(call: Any, arguments: Any, keywords: Any, context: nn.module.InterceptorContext) -> Any:
+        result = call(*arguments, **keywords)
+        if (context.module.name, context.method_name) == ('attention_dropout', '__call__'):
+            jax.debug.callback(lambda left: masks.append(np.asarray(left)), result != 0)
+        return result
+
+    @partial(jax.jit, compiler_options=QUICK)
+    @jax.value_and_grad
+    def loss(variables: Any) -> Any:
+        with nn.intercept_methods(look):
+            logits: Any = model.apply(variables, images, train=True, rngs={'dropout': jax.random.key(2)})
+        return (logits**2).sum()
+
+    value, gradients = loss(stack_layers(variables) if model.scan_layers else variables)
+    jax.effects_barrier()
+    different = {mask.tobytes(): mask for mask in masks}  # the way back may compute one again
+    gradients = unstack_layers(gradients) if model.scan_layers else gradients
+    return (value, gradients), set(different), float(np.mean(list(different.values())))
+
+
+@pytest.mark.parametrize('fields', DRAWS, ids=lambda fields: '-'.join(fields) or 'plain')
+def test_dropout_in_every_way(fields: dict[str, Any]) -> None:
+    """`remat` draws the same masks; the other ways draw their own, at the same rate, and none twice."""
+    results, masks, left = trained(**fields)
+    again, same_masks, _ = trained(**fields, remat=True)
+    assert same_masks == masks
+    # the same sums, fused in other ways
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), again, results)
+
+    chunks = 2 if 'query_chunk_size' in fields else 1  # of 37 queries, 19 at a time
+    assert len(masks) == 2 * chunks
+    numbers = 2 * 2 * 3 * 37**2  # blocks, images, heads
+    assert abs(left - 0.7) < 5 * (0.3 * 0.7 / numbers) ** 0.5  # five standard deviations
+    assert not fields or not np.isclose(results[0], trained()[0][0], rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def fit(
         if (newest := checkpoints.latest_step()) is not None:
             run = checkpoints.restore(newest, args=ocp.args.Composite(run=ocp.args.JsonRestore())).run
             if run['settings'] != settings:
-                raise ValueError(
+                raise click.UsageError(
                     f'{folder} holds a run with other settings, {run["settings"]} instead of {settings}: '
                     'go on with those, or give another folder.'
                 )
@@ -165,6 +165,8 @@ def fit(
                 curve.append({'step': step, **mean, 'held_out': accuracy_of(state.variables)})
                 window = []
                 run = {'settings': settings, 'curve': curve}
+                if progress.disable:  # no bar, so a line
+                    progress.console.print(f'{folder.parent.name}: step {step}, {words(curve)}', soft_wrap=True)
                 checkpoints.save(  # in the background; whole or not at all
                     step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
                 )
@@ -212,6 +214,11 @@ def main(out: Path, model: str, starts: tuple[str, ...], **settings: int) -> Non
     The accuracy on the way goes to OUT/figures.json and OUT/accuracy.svg. After an interruption the same command goes
     on from the newest checkpoint: the weights come out the same, to the bit.
     """
+    patch_size = FIELDS[model]['patch_size']
+    if settings['image_size'] % patch_size:
+        raise click.UsageError(f'--image-size {settings["image_size"]} is not a multiple of the patch, {patch_size}.')
+    if settings['batch'] % jax.device_count():
+        raise click.UsageError(f'--batch {settings["batch"]} is not a multiple of the {jax.device_count()} devices.')
     console = Console()
     columns = ('{task.description}', BarColumn(), '{task.fields[figures]}', TimeRemainingColumn())
     data = digits(settings['image_size'])

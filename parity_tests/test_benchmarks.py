@@ -1,0 +1,26 @@
+"""The benchmark of speed runs, and writes what its readers expect."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / 'benchmarks'
+
+
+@pytest.mark.slow
+def test_speed(tmp_path: pathlib.Path) -> None:
+    figures = tmp_path / 'speed.json'
+    options = ['--quick', '--only', 'SimpleViT', '--rounds', '1', '--json', str(figures)]
+    ended = subprocess.run(
+        [sys.executable, BENCHMARKS / 'speed.py', *options], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert ended.returncode == 0, ended.stderr
+    (case,) = json.loads(figures.read_text())['cases']
+    assert case['ceiling_flops_per_second'] > 0
+    assert list(case['ways']) == ['PyTorch eager', 'torch.compile', 'fused attention', 'Flax']
+    for way in case['ways'].values():
+        assert way['seconds'] > 0
+        assert way['speed'] > 0
