@@ -418,7 +418,7 @@ def test_a_layer_computes_in_what_its_parameters_promote_to(kernel: Any, bias: A
     """As linen's Dense, with the same names of parameters."""
     params = {'kernel': jnp.linspace(-1, 1, 6, dtype=kernel).reshape(2, 3), 'bias': jnp.linspace(0, 1, 3, dtype=bias)}
     x = jnp.linspace(-1, 1, 8, dtype=jnp.bfloat16).reshape(4, 2)
-    ours = Linear(in_features=2, features=3).apply({'params': params}, x)
-    theirs = nn.Dense(3).apply({'params': params}, x)
+    ours: Any = Linear(in_features=2, features=3).apply({'params': params}, x)
+    theirs: Any = nn.Dense(3).apply({'params': params}, x)
     assert ours.dtype == theirs.dtype
     np.testing.assert_allclose(ours.astype(float), theirs.astype(float), rtol=float(jnp.finfo(ours.dtype).eps))
