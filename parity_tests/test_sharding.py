@@ -20,7 +20,7 @@ from orbax.checkpoint import v1 as orbax
 from test_pretrained import assert_equal, variables_of
 
 from flax_vit import DeepViT, SimpleViT, from_pretrained, save_pretrained, shardings
-from flax_vit.pretrained import param_shapes
+from flax_vit.parameters import param_shapes
 
 SIZES: Any = {'image_size': 16, 'patch_size': 4, 'dim': 32, 'depth': 1, 'heads': 4, 'dim_head': 8, 'mlp_dim': 64}
 SIZES |= {'num_classes': 12, 'param_dtype': np.dtype('float64')}
