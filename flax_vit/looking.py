@@ -58,7 +58,7 @@ def features(
     if type(model) not in MAPS:
         ours = ' or a '.join(kind.__name__ for kind in MAPS)
         raise ValueError(f'features looks into a {ours} itself, not a {type(model).__name__}.')
-    if isinstance(blocks, str) or not isinstance(blocks, Iterable | None):
+    if isinstance(blocks, str | bytes) or not isinstance(blocks, Iterable | None):
         raise ValueError(f'blocks must be several numbers, such as [0, -1], not {blocks!r}.')
     numbers = {block: _number(model, block) for block in (range(model.depth) if blocks is None else blocks)}
     places: dict[str, Any] = {

@@ -31,6 +31,6 @@ def from_nnx(module: nnx.bridge.ToNNX) -> dict[str, Any]:
     Raises ValueError for another module.
     """
     inner: Any = module.to_nnx__module if isinstance(module, nnx.bridge.ToNNX) else module
-    if inner is module or type(inner) not in MODELS.values():
+    if inner is module or not isinstance(inner, tuple(MODELS.values())):
         raise ValueError(f'from_nnx takes what to_nnx made of a {" or a ".join(MODELS)}, not a {type(inner).__name__}.')
     return {'params': nnx.to_pure_dict(nnx.state(module, nnx.Param))}
