@@ -77,7 +77,10 @@ def push_to_hub(
     def published(name: str) -> Path:
         return Path(api.hf_hub_download(repo_id, name, revision=revision))
 
-    old = read_config(published(CONFIG).parent) if CONFIG in there else None
+    try:
+        old = read_config(published(CONFIG).parent) if CONFIG in there else None
+    except ValueError as error:
+        raise ValueError(f'{repo_id} on the Hugging Face Hub is left as it is; give another name: {error}') from error
     files[CONFIG] = folder / CONFIG
     if CARD not in there or (old and is_card(published(CARD).read_text(encoding='utf-8', errors='replace'), old)):
         page = (folder / CARD).read_text(encoding='utf-8') if (folder / CARD).exists() else card(config)
