@@ -112,6 +112,10 @@ def process(folder: str) -> dict[str, Any]:
         from_pretrained(folder, mesh=mesh, check=True)
     except ValueError as error:
         checked = str(error)
+    try:
+        save_pretrained(f'{folder}-split', model, variables)
+    except ValueError as error:
+        split = str(error)
     gathered = process_allgather(variables, tiled=True)
     if jax.process_index() == 0:
         save_pretrained(f'{folder}-again', model, gathered)
@@ -124,6 +128,7 @@ def process(folder: str) -> dict[str, Any]:
         'read': read,
         'parameters': placement(variables),
         'checked': checked,
+        'split': split,
         'logits': np.asarray(logits).tolist(),
     }
 
