@@ -47,7 +47,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding='utf-8'))
         if config['format'] == ONE_FILE:
             config['weights'] = [config['weights']]
-        own = config['format'] in {ONE_FILE, FORMAT} and bool(config['weights'])
+        own = config['format'] in {ONE_FILE, FORMAT} and bool(config['weights']) and 'source' in config
         own = own and all(is_weights(file['file']) and isinstance(file['sha256'], str) for file in config['weights'])
         reason = '.'
         model_of(config)

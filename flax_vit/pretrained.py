@@ -92,7 +92,7 @@ def from_pretrained(
         dtypes = {path: DTYPES.get(part.get_dtype(), part.get_dtype()) for path, part in weights.items()}
         check_dtypes(dtypes, f'What {folder} holds')
         notes = plan.notes
-        rounded = ['computation'] if 'dtype' in wide else []
+        rounded = ['computations'] if 'dtype' in wide else []
         rounded += ['parameters'] if narrow and cast is None and 'float64' in dtypes.values() else []
         if rounded:
             notes.append(
@@ -118,7 +118,7 @@ def from_pretrained(
 def read_golden(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays that were kept to check the model in a folder by; none, when none were. Errors as of `read_config`."""
     with _opened(Path(folder), check=False) as (_, arrays):
-        golden = {path: part[:] for path, part in arrays.items() if path.startswith(GOLDEN)}
+        golden = {path: part[...] for path, part in arrays.items() if path.startswith(GOLDEN)}
     return {path.removeprefix(GOLDEN): array for path, array in golden.items()}
 
 
