@@ -83,8 +83,8 @@ def push_to_hub(
         raise ValueError(f'{repo_id} on the Hugging Face Hub is left as it is; give another name: {error}') from error
     files[CONFIG] = folder / CONFIG
     if CARD not in there or (old and is_card(published(CARD).read_text(encoding='utf-8', errors='replace'), old)):
-        page = (folder / CARD).read_text(encoding='utf-8') if (folder / CARD).exists() else card(config)
-        files[CARD] = (card(config, repo_id) if is_card(page, config) else page).encode()
+        page = (folder / CARD).read_bytes() if (folder / CARD).exists() else card(config).encode()
+        files[CARD] = card(config, repo_id).encode() if is_card(page.decode(errors='replace'), config) else page
     operations = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
     operations += [hub.CommitOperationDelete(name) for name in there if is_weights(name) and name not in files]
     message = commit_message or f'{config["model"]}, by flax_vit'
