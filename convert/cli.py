@@ -38,6 +38,8 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option('--heads', type=click.IntRange(1), help='Attention heads (SimpleViT: not in the weights).'),
         click.option('--dim-head', type=click.IntRange(1), help='Size of a head, when it is not 64.'),
         click.option('--pool', type=click.Choice(['cls', 'mean']), help='Of DeepViT, when it is not cls.'),
+        click.option('--dropout', type=click.FloatRange(0, 1), help='Of DeepViT, in training, when it is not 0.'),
+        click.option('--emb-dropout', type=click.FloatRange(0, 1), help="Of DeepViT's embedding, likewise."),
         click.option('--channels', type=click.IntRange(1), help='Of the images, when it is not 3.'),
         click.option('--num-classes', type=click.IntRange(0), help='0: without the head, for the pooled features.'),
     ]
@@ -156,6 +158,7 @@ def export_command(**arguments: Any) -> None:
     show_default=True,
     help='Where it shall run; give it once for each.',
 )
+@click.option('--image-size', callback=size, help="Of the images, where it is not the model's: 224, or 224x160.")
 @click.option('--dtype', help='Compute in it, say in bfloat16; without it, in float32.')
 @click.option('--param-dtype', help='Cast the parameters, say to bfloat16.')
 @click.option('--overwrite', is_flag=True, help='Replace FILE if it exists.')

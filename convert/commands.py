@@ -24,7 +24,7 @@ from convert.display import (
 )
 from convert.images import load_images
 from flax_vit import export_serving, from_pretrained, save_pretrained
-from flax_vit.pretrained import read_config
+from flax_vit.folder import read_config
 
 Arguments = ParamSpec('Arguments')
 Result = TypeVar('Result')
@@ -145,10 +145,18 @@ def export_checkpoint(folder: Path, target: Path, *, layout: str | None, overwri
 
 
 @with_float64
-def export_program(folder: Path, target: Path, *, platforms: tuple[str, ...], overwrite: bool, **options: Any) -> None:
+def export_program(
+    folder: Path,
+    target: Path,
+    *,
+    platforms: tuple[str, ...],
+    image_size: int | tuple[int, int] | None,
+    overwrite: bool,
+    **options: Any,
+) -> None:
     """Write the model in `folder` as one file that runs with JAX alone."""
     model, variables = from_pretrained(folder, **given(options))
-    export_serving(target, model, variables, platforms=platforms, overwrite=overwrite)
+    export_serving(target, model, variables, platforms=platforms, image_size=image_size, overwrite=overwrite)
     out.print(f'[green]Exported[/] to {escape(str(target))}, for {", ".join(platforms)}')
 
 

@@ -21,6 +21,7 @@ from convert.fields import Field, resolve
 from convert.layouts import LAYOUTS, Layout, leaves
 from convert.params import Leaf
 from convert.unwrap import Unwrapped, unwrap
+from flax_vit import layers
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ def inspect(source: Any, *, key: str | None = None, **overrides: Any) -> Inspect
     if isinstance(source, str | os.PathLike):
         read = checkpoint.read(source)
         name, form, files, tree = str(source), read.format, read.files, read.tree
+        if isinstance(tree, Mapping) and any(str(key).startswith('params/') for key in tree):
+            raise ConversionError(
+                f"{source} is flax_vit's own, converted already: flax_vit.from_pretrained reads the folder it is in; "
+                'a program that serve-export wrote is run as docs/serving.md says.'
+            )
     elif module.is_module(source):
         inner = module.unwrapped(source)
         name, form, tree = module.class_name(inner), 'live module', arrays(inner.state_dict())
@@ -178,12 +184,11 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any], *, layout: str | No
 def floating_dtype(dtype: Any) -> np.dtype[Any]:
     """The dtype of a name or type. Raises ConversionError when weights can't have it."""
     try:
-        found = jnp.dtype(dtype)
-    except TypeError as error:
-        raise ConversionError(f'{dtype!r} is no dtype; float64, float32, float16 and bfloat16 are.') from error
-    if found != jax.dtypes.canonicalize_dtype(found) or not jnp.issubdtype(found, jnp.floating):
-        hint = "jax.config.update('jax_enable_x64', True) first." if found == np.float64 else 'Weights are floats.'
-        raise ConversionError(f'param_dtype={found} is not to be had: {hint}')
+        found = layers.floating_dtype('param_dtype', dtype)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    if found != jax.dtypes.canonicalize_dtype(found):
+        raise ConversionError(f"param_dtype={found} is not to be had: jax.config.update('jax_enable_x64', True) first.")
     return found
 
 
@@ -220,7 +225,11 @@ def provenance(inspection: Inspection) -> dict[str, Any]:
         'key': inspection.unwrapped.address,
         'layout': {'id': inspection.layout.id, 'wrote it': str(inspection.layout)},
         'dtypes': inspection.dtypes,
-        'fields': {name: field.how for name, field in inspection.fields.items()},
+        'fields': {
+            name: field.how
+            for name, field in inspection.fields.items()
+            if name not in layers.COMPUTATION or field.how == 'given'
+        },
         'left aside': dict(inspection.unwrapped.left_aside),
         'versions': {package.__name__: package.__version__ for package in (flax_vit, flax, jax, np)},
     }

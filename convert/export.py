@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 from convert.conversion import to_torch
 from convert.errors import ConversionError
 from flax_vit import from_pretrained
-from flax_vit.pretrained import appearing_whole
+from flax_vit.folder import appearing_whole
 
 
 def export(folder: Path, target: Path, *, layout: str | None = None, overwrite: bool = False) -> None:

@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from convert.params import Leaf, differences, leaf
 from flax_vit import DeepViT, SimpleViT
-from flax_vit.pretrained import param_shapes
+from flax_vit.parameters import param_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 

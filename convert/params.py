@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from convert.errors import ConversionError
-from flax_vit.pretrained import param_shapes
+from flax_vit.parameters import param_shapes
 from flax_vit.stacking import stack_layers, unstack_layers
 
 Path = tuple[str, ...]

@@ -16,8 +16,8 @@ import jax
 from convert.conversion import provenance
 from convert.errors import ConversionError
 from convert.parity import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, Report, Row
+from flax_vit.folder import appearing_whole, read_config
 from flax_vit.layers import COMPUTATION
-from flax_vit.pretrained import appearing_whole, read_config
 
 FORMAT = 'flax_vit report 1'
 PACKAGES = ('flax-vit', 'jax', 'jaxlib', 'flax', 'numpy', 'torch', 'vit-pytorch')

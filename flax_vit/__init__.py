@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from flax_vit.hub import push_to_hub
     from flax_vit.looking import Features, features
     from flax_vit.nnx_bridge import from_nnx, to_nnx
-    from flax_vit.pretrained import PretrainedWarning, from_pretrained, save_pretrained
+    from flax_vit.pretrained import PretrainedWarning, from_pretrained
+    from flax_vit.saving import save_pretrained
     from flax_vit.serving import export_serving
     from flax_vit.sharding import shardings
     from flax_vit.simple_vit import SimpleViT
@@ -27,7 +28,7 @@ else:
             'from_nnx': 'nnx_bridge',
             'from_pretrained': 'pretrained',
             'push_to_hub': 'hub',
-            'save_pretrained': 'pretrained',
+            'save_pretrained': 'saving',
             'shardings': 'sharding',
             'stack_layers': 'stacking',
             'to_nnx': 'nnx_bridge',

@@ -7,19 +7,23 @@ from typing import Any
 USE = """```python
 import flax_vit
 
-model, variables = flax_vit.from_pretrained('this/folder')  # or its name on the Hugging Face Hub, 'owner/name'
+model, variables = flax_vit.from_pretrained('{name}')
 outputs = model.apply(variables, images)  # {inputs} -> {outputs}
 ```"""
 
 
-def card(config: Mapping[str, Any]) -> str:
-    """The model card, in Markdown with the Hugging Face Hub's header, of a checked `config.json`."""
+def card(config: Mapping[str, Any], name: str = 'this/folder') -> str:
+    """The model card, in Markdown with the Hugging Face Hub's header, of a checked `config.json`.
+
+    `name` is what `from_pretrained` takes.
+    """
     fields = config['fields']
     size = fields['image_size']
     height, width = size if isinstance(size, list) else (size, size)
     classes = fields['num_classes']
     task = 'pipeline_tag: image-classification' if classes else 'pipeline_tag: image-feature-extraction'
     use = USE.format(
+        name=name,
         inputs=f'floats (batch, {height}, {width}, {fields["channels"]})',
         outputs=f'logits (batch, {classes})' if classes else f'features (batch, {fields["dim"]})',
     )
@@ -45,6 +49,12 @@ def card(config: Mapping[str, Any]) -> str:
     hashes = {file['file']: file['sha256'] for file in config['weights']}
     parts += ['## Weights', _table('file', 'sha256', hashes)]
     return '\n\n'.join(parts) + '\n'
+
+
+def is_card(text: str, config: Mapping[str, Any]) -> bool:
+    """Whether `text` is the card of that configuration, under whatever name, and nobody has edited it."""
+    name = re.search(r"from_pretrained\('(.*)'\)", text)
+    return name is not None and text == card(config, name[1])
 
 
 def _table(name: str, value: str, rows: Mapping[str, Any]) -> str:

@@ -3,18 +3,25 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import re
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from flax_vit.deep_vit import DeepViT
 from flax_vit.simple_vit import SimpleViT
+
+if sys.platform != 'win32':
+    import fcntl
 
 FORMAT = 'flax_vit 2'
 ONE_FILE = 'flax_vit 1'  # the format before weights could be in several files; read, no longer written
@@ -22,7 +29,10 @@ MODELS: Mapping[str, type[nn.Module]] = {'DeepViT': DeepViT, 'SimpleViT': Simple
 CONFIG = 'config.json'
 CARD = 'README.md'  # the Hugging Face Hub shows it as the model's page
 WEIGHTS = 'model-{}.safetensors'
+GOLDEN = 'golden/'  # begins the names of arrays that are no parameters
 PARTIAL = '.incomplete'  # ends the name of a file that is being written
+# What a killed save has left, of this version and of earlier ones.
+LEFTOVER = r'model-new\.safetensors|(config\.json|README\.md|model(-new)?\.safetensors)(\.[0-9a-f]{8})?\.incomplete'
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -37,62 +47,110 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding='utf-8'))
         if config['format'] == ONE_FILE:
             config['weights'] = [config['weights']]
-        own = config['format'] in {ONE_FILE, FORMAT} and isinstance(config['fields'], dict)
-        own = own and set(config['fields']) <= set(field_names(MODELS[config['model']])) and bool(config['weights'])
+        own = config['format'] in {ONE_FILE, FORMAT} and bool(config['weights']) and 'source' in config
         own = own and all(is_weights(file['file']) and isinstance(file['sha256'], str) for file in config['weights'])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        own = False
+        reason = '.'
+        model_of(config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        own, reason = False, f' ({type(error).__name__}: {error}).'
     if not own:
-        raise ValueError(f'{path} is not the configuration of a model that this version of flax_vit wrote.')
+        raise ValueError(f'{path} is not the configuration of a model that this version of flax_vit wrote{reason}')
     return config
 
 
-def new_config(model: nn.Module, hashes: Mapping[str, str], source: Any) -> dict[str, Any]:
-    """The configuration of a model whose weights are in the files of these names, with their sha256."""
-    return {
-        'format': FORMAT,
-        'model': type(model).__name__,
-        'fields': {name: _to_json(getattr(model, name)) for name in field_names(type(model))},
-        'weights': [{'file': name, 'sha256': digest} for name, digest in hashes.items()],
-        'source': source,
-    }
+def new_config(model: nn.Module, source: Any) -> dict[str, Any]:
+    """The configuration of a model, as it will be read; its list of weights is still empty.
+
+    ValueError for a field or a source that would not be read as it is.
+    """
+    saved = {}
+    for name in field_names(type(model)):
+        value = getattr(model, name)
+        saved[name] = json.loads(json.dumps(_to_json(value), default=repr))
+        if _from_json(name, saved[name]) != value:
+            raise ValueError(f'{name}={value!r} cannot be kept in {CONFIG}; give a number or a name instead.')
+    try:
+        source = json.loads(json.dumps(source, ensure_ascii=False).encode())
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f'source must be JSON (dicts, lists, strings and numbers in UTF-8): {error}.') from error
+    return {'format': FORMAT, 'model': type(model).__name__, 'fields': saved, 'weights': [], 'source': source}
 
 
 def model_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> nn.Module:
     """The model of a configuration, with other values for some fields. ValueError for what is no field of it."""
     model_class = MODELS[config['model']]
-    strangers = sorted(set(overrides or {}) - set(field_names(model_class)))
-    if strangers:
-        raise ValueError(f'{model_class.__name__} has no field {", ".join(strangers)}.')
+    names = field_names(model_class)
+    for name in overrides or {}:
+        if name not in names:
+            near = get_close_matches(name, names, 1)
+            hint = f'do you mean {near[0]}?' if near else f'its fields are {", ".join(names)}.'
+            raise ValueError(f'{model_class.__name__} has no field {name}; {hint}')
     chosen = config['fields'] | (overrides or {})
     return model_class(**{name: _from_json(name, value) for name, value in chosen.items()})
 
 
 @contextmanager
 def appearing_whole(target: Path) -> Iterator[Path]:
-    """A path to write to; what is written appears at `target`, at once, when the block ends without an error."""
-    partial = target.with_name(target.name + PARTIAL)
+    """A path to write to; what is written appears at `target`, at once, when the block ends without an error.
+
+    Others may write to `target` meanwhile: the path is nobody else's, and the last to end is seen.
+    Raises FileNotFoundError when the folder of `target` does not exist.
+    """
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f'{target.parent} is no folder: make it first, or write to another one.')
+    partial = target.with_name(f'{target.name}.{secrets.token_hex(4)}{PARTIAL}')
     partial.touch()
     mode = partial.stat().st_mode
     try:
         yield partial
         partial.chmod(mode)  # safetensors would keep its files from other users
+        with partial.open('rb+') as file:
+            os.fsync(file.fileno())  # else the name could reach the disk before the bytes, and a power cut part them
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[Callable[[], None]]:
+    """For one thread of one process of this machine at a time, the others wait; a killed one holds up nobody.
+
+    Gives what brings the names in the folder to the disk. (Windows has neither for folders, some network's file systems
+    neither: there it is left to the caller that one saves at a time.)
+    """
+    if sys.platform == 'win32':
+        yield lambda: None
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield lambda: _synchronise(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _synchronise(descriptor: int) -> None:
+    with suppress(OSError):
+        os.fsync(descriptor)
+
+
 def check_own(folder: Path) -> None:
-    """ValueError unless a model may be saved to `folder`: there is nothing, or nothing but such a model."""
+    """ValueError unless a model may be saved to `folder`: there is nothing, or nothing but such a model.
+
+    What is hidden (`.git`, `.gitattributes`) does not count: nothing of it is touched.
+    """
     if not folder.exists():
         return
     if not folder.is_dir():
         raise ValueError(f'{folder} is a file; a model is saved to a folder.')
-    others = {path.name for path in folder.iterdir() if not is_weights(path.name) and path.suffix != PARTIAL}
-    if CONFIG in others and others <= {CONFIG, CARD}:
+    names = {path.name for path in folder.iterdir()}
+    own = {CONFIG, CARD} if CONFIG in names else set()
+    others = sorted(name for name in names - own if not (is_weights(name) or is_leftover(name) or name.startswith('.')))
+    if others:
+        raise ValueError(f'{folder} holds other files ({", ".join(others[:3])}); give a new or empty folder.')
+    if own:
         read_config(folder)
-    elif others:
-        raise ValueError(f'{folder} holds other files ({", ".join(sorted(others)[:3])}); give a new or empty folder.')
 
 
 def check_hashes(folder: Path, config: Mapping[str, Any]) -> None:
@@ -111,7 +169,12 @@ def sha256(path: Path) -> str:
 
 def is_weights(name: str) -> bool:
     """Whether `save_pretrained` gives such names to the files of the weights."""
-    return Path(name).match(WEIGHTS.format('*')) and Path(name).name == name
+    return re.fullmatch(r'model-[0-9a-f]{12}\.safetensors', name) is not None
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a killed `save_pretrained` leaves files of such names."""
+    return re.fullmatch(LEFTOVER, name) is not None
 
 
 def field_names(model_class: type[nn.Module]) -> list[str]:
@@ -120,14 +183,15 @@ def field_names(model_class: type[nn.Module]) -> list[str]:
 
 
 def _to_json(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
     if isinstance(value, tuple):
         return [_to_json(item) for item in value]
-    return value.name if isinstance(value, jax.lax.Precision) else jnp.dtype(value).name
+    if isinstance(value, jax.lax.Precision | np.dtype):
+        return value.name
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _from_json(name: str, value: Any) -> Any:
-    if name in {'dtype', 'param_dtype'} and value is not None:
-        return jnp.dtype(value)
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(_from_json(name, item) for item in value)
+    precisions = jax.lax.Precision.__members__  # in capitals; jax takes their names, too, in small letters
+    return precisions[value] if name == 'precision' and value in precisions else value

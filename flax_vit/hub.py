@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from flax_vit.card import card
+from flax_vit.card import card, is_card
 from flax_vit.folder import CARD, CONFIG, check_hashes, is_weights, read_config
 
 
@@ -15,9 +15,14 @@ def local_folder(
     """The folder of that name, or the local copy of the model `owner/name` on the hub, fetched where it is needed.
 
     The copy is the hub library's: one per commit, in `cache_dir` or the library's own; with HF_HUB_OFFLINE=1 nothing
-    else is asked. Raises FileNotFoundError when there is neither, and ImportError when the library is missing.
+    else is asked. Raises FileNotFoundError when there is neither, ValueError for a `revision` of a folder here, and
+    ImportError when the library is missing.
     """
     if Path(name).exists() or isinstance(name, os.PathLike):
+        if revision is not None:
+            raise ValueError(
+                f'{name} is a folder here, which has no revision {revision}; only the hub knows revisions.'
+            )
         return Path(name)
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
         raise FileNotFoundError(f"{name} is neither a folder here nor a name on the Hugging Face Hub ('owner/name').")
@@ -26,6 +31,11 @@ def local_folder(
         config = Path(hub.hf_hub_download(name, CONFIG, revision=revision, cache_dir=cache_dir))
         commit, files = config.parent.name, [file['file'] for file in read_config(config.parent)['weights']]
         copy = hub.snapshot_download(name, revision=commit, cache_dir=cache_dir, allow_patterns=[CONFIG, *files])
+    except hub.errors.LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f'{name} is no folder here, nor is a copy of it kept, and the Hugging Face Hub was not asked or did not '
+            'answer: unset HF_HUB_OFFLINE, or look at the connection.'
+        ) from error
     except (
         hub.errors.RepositoryNotFoundError,
         hub.errors.RevisionNotFoundError,
@@ -50,21 +60,31 @@ def push_to_hub(
     """Publish a folder that `save_pretrained` wrote as `repo_id` ('owner/name'), in one commit; the commit's address.
 
     The repository is made if need be, `private` or not; weights of an earlier model in it are removed by the same
-    commit. Its page is the folder's README.md; without one, a card is made of the configuration. Needs a login
-    (`hf auth login`, or HF_TOKEN). Raises ValueError when the folder is not whole, and the hub library's errors.
+    commit. Its page is the folder's README.md; without one, a card is made of the configuration. A page that was
+    edited on the hub is kept. Needs a login (`hf auth login`, or HF_TOKEN). Raises ValueError when the folder is not
+    whole, and when the repository holds another kind of model; and the hub library's errors.
     """
     folder = Path(folder)
     config = read_config(folder)
     check_hashes(folder, config)
     hub = _huggingface_hub()
-    page = folder / CARD
-    files: dict[str, Path | bytes] = {CONFIG: folder / CONFIG}
-    files[CARD] = page if page.exists() else card(config).encode()
-    files |= {file['file']: folder / file['file'] for file in config['weights']}
+    files: dict[str, Path | bytes] = {file['file']: folder / file['file'] for file in config['weights']}
 
     api = hub.HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the owner, if none was given
     there = api.list_repo_files(repo_id, revision=revision)
+
+    def published(name: str) -> Path:
+        return Path(api.hf_hub_download(repo_id, name, revision=revision))
+
+    try:
+        old = read_config(published(CONFIG).parent) if CONFIG in there else None
+    except ValueError as error:
+        raise ValueError(f'{repo_id} on the Hugging Face Hub is left as it is; give another name: {error}') from error
+    files[CONFIG] = folder / CONFIG
+    if CARD not in there or (old and is_card(published(CARD).read_text(encoding='utf-8', errors='replace'), old)):
+        page = (folder / CARD).read_bytes() if (folder / CARD).exists() else card(config).encode()
+        files[CARD] = card(config, repo_id).encode() if is_card(page.decode(errors='replace'), config) else page
     operations = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
     operations += [hub.CommitOperationDelete(name) for name in there if is_weights(name) and name not in files]
     message = commit_message or f'{config["model"]}, by flax_vit'

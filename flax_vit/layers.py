@@ -1,6 +1,7 @@
 """What both models share: layers that start and compute as PyTorch's do, and the way images become patches."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxtyping import Float, Shaped
 EPSILON = 1e-5  # of torch.nn.LayerNorm
 # The fields that say how a model is computed, not what.
 COMPUTATION = frozenset({'dtype', 'precision', 'query_chunk_size', 'remat', 'scan_layers'})
+FLOATS = ('float64', 'float32', 'float16', 'bfloat16')  # what weights and computations may be in
 
 
 class Layer(nn.Module, kw_only=True):
@@ -24,6 +26,12 @@ class Layer(nn.Module, kw_only=True):
     dtype: Dtype | None = None  # of the computation; None: what inputs and parameters promote to
     param_dtype: Dtype = jnp.float32
     precision: PrecisionLike = None  # of matrix products; on GPU and TPU only 'highest' is really float32
+
+    def __post_init__(self) -> None:
+        # One object for each dtype, whatever it was given as: equal models have equal hashes.
+        self.dtype = None if self.dtype is None else floating_dtype(f'{type(self).__name__}: dtype', self.dtype)
+        self.param_dtype = floating_dtype(f'{type(self).__name__}: param_dtype', self.param_dtype)
+        super().__post_init__()
 
     @property
     def numerics(self) -> dict[str, Any]:
@@ -281,6 +289,17 @@ def to_patches(
     return rearrange(jnp.asarray(images), f'{order} -> b (h w) (p1 p2 c)', p1=patch_size[0], p2=patch_size[1])
 
 
+def floating_dtype(what: str, dtype: Any) -> np.dtype[Any]:
+    """The dtype of a name, a type or a dtype. ValueError unless it is one of `FLOATS`; `what` begins the message."""
+    try:
+        name = jnp.dtype(dtype).name if dtype is not None else 'None'  # which numpy would take for float64
+    except (TypeError, ValueError):
+        name = repr(dtype)
+    if name not in FLOATS:
+        raise ValueError(f'{what} must be {", ".join(FLOATS[:-1])} or {FLOATS[-1]}, not {name}.')
+    return jnp.dtype(name)
+
+
 def check_sizes(model: nn.Module, *, pairs: Sequence[str] = (), **smallest: int) -> None:
     """ValueError unless each named field is a whole number not below the smallest allowed; or two, if among `pairs`."""
     for name, least in smallest.items():
@@ -306,3 +325,11 @@ def check_options(model: Any) -> None:
     for name in ('remat', 'scan_layers'):
         if not isinstance(getattr(model, name), bool):
             raise ValueError(f'{type(model).__name__}: {name} must be True or False, not {getattr(model, name)!r}.')
+    if model.precision is not None:
+        vector = jax.ShapeDtypeStruct((1,), jnp.float32)
+        try:
+            jax.eval_shape(partial(jnp.dot, precision=model.precision), vector, vector)
+        except ValueError as error:  # JAX lists what it takes
+            raise ValueError(
+                f'{type(model).__name__}: precision={model.precision!r} is not to be had: {error}'
+            ) from error

@@ -4,6 +4,7 @@ The models have no code for it: linen lets a caller stand between its modules an
 """
 
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -52,8 +53,13 @@ def features(
     Images are as the model takes them. Blocks count from 0, or from the end when negative; None: all. The numbers are
     those the model itself computes with, at rest. Without `scan_layers` nothing else is kept; with it, what is asked
     for of one block is held of all until the scan is over. Maps that are asked for are held whole, whatever
-    `query_chunk_size` says. Raises ValueError for a block that is not there, and when the images don't fit.
+    `query_chunk_size` says. Raises ValueError for a block that is not there, another model, and images that don't fit.
     """
+    if type(model) not in MAPS:
+        ours = ' or a '.join(kind.__name__ for kind in MAPS)
+        raise ValueError(f'features looks into a {ours} itself, not a {type(model).__name__}.')
+    if isinstance(blocks, str | bytes) or not isinstance(blocks, Iterable | None):
+        raise ValueError(f'blocks must be several numbers, such as [0, -1], not {blocks!r}.')
     numbers = {block: _number(model, block) for block in (range(model.depth) if blocks is None else blocks)}
     places: dict[str, Any] = {
         'pooled': ('to_latent', 'output'),
@@ -95,10 +101,10 @@ def features(
 
 def _number(model: DeepViT | SimpleViT, block: int) -> int:
     """The block counted from 0."""
-    if not -model.depth <= block < model.depth:
+    if not isinstance(block, Integral) or not -model.depth <= block < model.depth:
         raise ValueError(
             f'This {type(model).__name__} has the blocks 0 to {model.depth - 1}, from the end -1 to {-model.depth}; '
-            f'there is no block {block}.'
+            f'there is no block {block!r}.'
         )
     return block % model.depth
 

@@ -7,13 +7,18 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
+from flax_vit.folder import MODELS
+from flax_vit.parameters import check_variables
+
 
 def to_nnx(model: nn.Module, variables: Mapping[str, Any], rngs: nnx.Rngs | None = None) -> nnx.bridge.ToNNX:
     """The model as an nnx module that holds the variables, as `nnx.Param`s in linen's tree.
 
     Call it with images, as the model: `module(images)`. In training, `module(images, train=True)` takes the dropout's
     keys from `rngs`, nnx.Rngs(dropout=seed), or from those of the call, `rngs=`. The arrays are shared, not copied.
+    Raises ValueError when the variables are not the model's.
     """
+    check_variables(model, variables)
     module = nnx.bridge.ToNNX(model, rngs)
     for name, tree in variables['params'].items():
         setattr(module, name, nnx.data(jax.tree.map(nnx.Param, tree)))
@@ -21,5 +26,11 @@ def to_nnx(model: nn.Module, variables: Mapping[str, Any], rngs: nnx.Rngs | None
 
 
 def from_nnx(module: nnx.bridge.ToNNX) -> dict[str, Any]:
-    """The variables of such a module, {'params': …}: what `model.apply`, `save_pretrained` and `to_torch` take."""
+    """The variables of such a module, {'params': …}: what `model.apply`, `save_pretrained` and `to_torch` take.
+
+    Raises ValueError for another module.
+    """
+    inner: Any = module.to_nnx__module if isinstance(module, nnx.bridge.ToNNX) else module
+    if inner is module or not isinstance(inner, tuple(MODELS.values())):
+        raise ValueError(f'from_nnx takes what to_nnx made of a {" or a ".join(MODELS)}, not a {type(inner).__name__}.')
     return {'params': nnx.to_pure_dict(nnx.state(module, nnx.Param))}

@@ -14,6 +14,8 @@ from flax_vit.layers import pair
 
 HEADS = ('params/linear_head', 'params/mlp_head')  # begin the paths of what num_classes changes
 POSITIONS = 'params/pos_embedding'
+CUT = {'patch_size', 'channels'}  # what the first matrix's rows are; others may happen to fit its shape
+FUNCTION = {'heads', 'dim_head', 'pool'}  # what is done with the same weights
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -25,6 +27,7 @@ class Changes:
     kept: frozenset[str]  # with the saved shape; the positions too, if they are resized
     new: frozenset[str]
     resized: bool  # the positions are
+    function: Mapping[str, tuple[Any, Any]]  # fields that make another function of the weights: saved and new value
 
     @property
     def notes(self) -> list[str]:
@@ -34,19 +37,22 @@ class Changes:
             notes.append(f'The head is new and untrained ({", ".join(sorted(self.new))}); `key` gives other values.')
         if self.resized:
             notes.append(f'{POSITIONS} is resized to the new image_size, bicubic; fine-tune, or check what it costs.')
+        for name, (old, new) in self.function.items():
+            notes.append(f'{name}={new!r} instead of {old!r} makes another function of the same weights.')
         return notes
 
 
-def changes(saved: Shapes, wanted: Shapes, overrides: Mapping[str, Any]) -> Changes:
-    """From the saved parameters to those of the model with `overrides`.
+def changes(saved: Shapes, wanted: Shapes, overrides: Mapping[str, tuple[Any, Any]]) -> Changes:
+    """From the saved parameters to those of the model with `overrides`, (saved, new) values of fields.
 
-    ValueError when that takes more than another head or, of DeepViT, another number of positions.
+    ValueError when that takes more than another head or, of DeepViT, other positions; and for other patches.
     """
+    overrides = {name: both for name, both in overrides.items() if both[0] != both[1]}
     different = {path for path in saved.keys() | wanted.keys() if saved.get(path) != wanted.get(path)}
     head = {path for path in different if path.startswith(HEADS)}
     problems = sorted(different - head - {POSITIONS})
     if problems:
-        fields = ', '.join(f'{name}={value!r}' for name, value in overrides.items())
+        fields = ', '.join(f'{name}={value!r}' for name, (_, value) in overrides.items())
         lines = [
             f'  {path}: saved {saved.get(path, "nothing")}, needed {wanted.get(path, "nothing")}' for path in problems
         ]
@@ -54,7 +60,14 @@ def changes(saved: Shapes, wanted: Shapes, overrides: Mapping[str, Any]) -> Chan
             f'The saved parameters do not fit a model with {fields}; only num_classes and image_size may change their '
             'shapes:\n' + '\n'.join(lines)
         )
-    return Changes(frozenset(wanted.keys() - head), frozenset(head & wanted.keys()), POSITIONS in different)
+    for name in CUT & overrides.keys():
+        old, new = overrides[name]
+        if pair(old) != pair(new):
+            raise ValueError(
+                f'{name}={new!r} does not fit the saved parameters: their first matrix is for {name}={old!r}.'
+            )
+    function = {name: both for name, both in overrides.items() if name in FUNCTION}
+    return Changes(frozenset(wanted.keys() - head), frozenset(head & wanted.keys()), POSITIONS in different, function)
 
 
 def initial(model: nn.Module, paths: Collection[str], key: Array, shardings: Mapping[str, Any]) -> dict[str, Array]:

@@ -12,8 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, export
 from jaxtyping import Float
 
+from flax_vit.folder import appearing_whole
 from flax_vit.layers import pair
-from flax_vit.pretrained import appearing_whole
+from flax_vit.parameters import check_variables
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 PROGRAM = 'program'  # the name of the program's bytes in the file, beside the weights
@@ -34,21 +35,31 @@ def export_serving(
     runs on each of `platforms`. `image_size`: where it is not the model's (a DeepViT takes smaller ones, too).
     The weights keep their bits; numpy has no bfloat16, so that these are in the file as uint16, to be viewed as what
     `program.in_avals` says. The file appears whole or not at all.
-    Raises FileExistsError, and ValueError for weights in float64, for platforms that JAX has not, for an image size
-    that the model doesn't take, and when flatbuffers, which jax.export writes with, is missing.
+    Raises FileExistsError, FileNotFoundError for a folder that is not there, and ValueError for a target that is a
+    folder, for variables of another model, for weights or a computation in float64, for platforms that JAX has not, for
+    an image size that the model doesn't take, and when flatbuffers, which jax.export writes with, is missing.
     """
     target = Path(target)
+    if target.is_dir():
+        raise ValueError(f'{target} is a folder; give the name of a file, such as {target / "model.npz"}.')
     if target.exists() and not overwrite:
         raise FileExistsError(f'{target} exists; give another name, or overwrite=True (--overwrite).')
     strangers = [platform for platform in platforms if platform not in PLATFORMS]
     if strangers or not platforms:
         raise ValueError(f'platforms must be some of {", ".join(PLATFORMS)}, not {", ".join(strangers) or "none"}.')
+    check_variables(model, variables)
     weights = {'/'.join(path): np.asarray(array) for path, array in flatten_dict(variables).items()}
     wide = [name for name, array in weights.items() if array.dtype == np.float64]
     if wide:
         raise ValueError(
             f'{len(wide)} weights ({wide[0]}, …) are float64, which JAX computes only in its 64-bit mode; cast them: '
             "flax_vit.from_pretrained(folder, param_dtype='float32') (--param-dtype float32)."
+        )
+
+    if model.dtype == np.float64:
+        raise ValueError(
+            'The model computes in float64, which JAX has only in its 64-bit mode: '
+            "flax_vit.from_pretrained(folder, dtype='float32') (--dtype float32)."
         )
 
     def logits(weights: Mapping[str, Array], images: Float[Array, 'batch ...']) -> Float[Array, 'batch outputs']:
@@ -59,7 +70,7 @@ def export_serving(
 
     with jax.enable_x64(False):
         (batch,) = export.symbolic_shape('batch')
-        shape = (batch, *pair(image_size or model.image_size), model.channels)
+        shape = (batch, *pair(model.image_size if image_size is None else image_size), model.channels)
         shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
         traced = export.export(jax.jit(logits), platforms=platforms)(shapes, jax.ShapeDtypeStruct(shape, np.float32))
     try:

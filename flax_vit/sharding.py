@@ -34,26 +34,16 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = RULES) -> Any:
-    """A tree of shardings for a tree of arrays, or of their shapes: variables, or a whole training state.
+    """A tree of shardings for a tree of arrays, or of their shapes: variables, a whole training state, an nnx state.
 
     `rules` are pairs of a regular expression and the split of the trailing axes. An axis that the mesh does not divide
     stays whole; so does an array with fewer axes than its rule. Raises ValueError when a rule names an axis that the
     mesh does not have, or when the mesh does not leave the layout to the compiler.
     """
-    if set(mesh.axis_types) != {AxisType.Auto}:
-        raise ValueError(
-            f'{mesh} asks for explicit shardings; the models leave them to the compiler. Make it with '
-            f'axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}.'
-        )
-    named = {name for _, spec in rules for entry in spec for name in _axes(entry)}
-    if not named <= set(mesh.axis_names):
-        raise ValueError(
-            f'The rules split over {sorted(named)}; the axes of this mesh are {list(mesh.axis_names)}. Name its axes '
-            'so (one may have the size 1), or give other rules; () splits nothing.'
-        )
+    check_mesh(mesh, rules)
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        name = jax.tree_util.keystr(path, simple=True, separator='/').removesuffix('/value')  # in an nnx.Variable
         spec = next((spec for pattern, spec in rules if re.search(pattern, name)), PartitionSpec())
         leading = len(leaf.shape) - len(spec)
         if leading < 0:
@@ -65,6 +55,28 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] 
         return NamedSharding(mesh, PartitionSpec(*split))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def check_mesh(mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]]) -> None:
+    """ValueError unless these are a mesh and rules that fit each other."""
+    if not isinstance(mesh, Mesh):
+        raise ValueError(f'mesh must be a jax.sharding.Mesh, such as jax.make_mesh makes, not {mesh!r}.')
+    for rule in rules:
+        if not (isinstance(rule, tuple) and [*map(type, rule)] == [str, PartitionSpec]):
+            raise ValueError(
+                f"A rule is a pair of a pattern and a PartitionSpec, ('kernel$', PartitionSpec('model')), not {rule!r}."
+            )
+    if set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(
+            f'{mesh} asks for explicit shardings; the models leave them to the compiler. Make it with '
+            f'axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}.'
+        )
+    named = {name for _, spec in rules for entry in spec for name in _axes(entry)}
+    if not named <= set(mesh.axis_names):
+        raise ValueError(
+            f'The rules split over {sorted(named)}; the axes of this mesh are {list(mesh.axis_names)}. Name its axes '
+            'so (one may have the size 1), or give other rules; () splits nothing.'
+        )
 
 
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

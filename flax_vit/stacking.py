@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -15,14 +16,17 @@ def stack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of a model for the same model with `scan_layers=True`; the same bits.
 
     `transformer/layers_3_0/…` of every block becomes one `transformer/blocks/layers_0/…`, whose first axis is the
-    depth. Any tree with the parameters' names will do (gradients, moments of an optimizer). Raises ValueError when
-    blocks are missing or differ.
+    depth. Any tree with the parameters' names will do (gradients, moments of an optimizer), also one of
+    jax.ShapeDtypeStructs, whose shardings are left out: ask `shardings` for new ones. Raises ValueError when blocks are
+    missing or differ.
     """
 
     def stack(path: Path, arrays: Sequence[Any]) -> Any:
-        kinds = sorted({f'{np.shape(array)} {array.dtype}' for array in arrays})
+        kinds = sorted({f'{array.shape} {array.dtype}' for array in arrays})
         if len(kinds) > 1:
             raise ValueError(f'{"/".join(path)} of the blocks cannot be stacked: it is {", ".join(kinds)}.')
+        if isinstance(arrays[0], jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct((len(arrays), *arrays[0].shape), arrays[0].dtype)
         return np.stack(arrays) if all(isinstance(array, np.ndarray) for array in arrays) else jnp.stack(arrays)
 
     return unflatten_dict(stacked(flatten_dict(variables), stack))
@@ -34,7 +38,11 @@ def unstack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
     for path, array in flatten_dict(variables).items():
         if 'blocks' in path:
             at = path.index('blocks')
-            for block, part in enumerate(array):
+            if isinstance(array, jax.ShapeDtypeStruct):
+                parts: Any = [jax.ShapeDtypeStruct(array.shape[1:], array.dtype)] * array.shape[0]
+            else:
+                parts = array
+            for block, part in enumerate(parts):
                 flat[(*path[:at], path[at + 1].replace('layers_', f'layers_{block}_'), *path[at + 2 :])] = part
         else:
             flat[path] = array

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import jax
+import jaxtyping
 import pytest
 
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # of the commands that tests start
@@ -14,3 +15,9 @@ def float64() -> Iterator[None]:
     """JAX has float64 in the tests that ask for it; the others run as users do, where it has not."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody checks annotations, as users have it."""
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)

@@ -28,7 +28,7 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers['Content-Length']))
         if self.path == '/api/repos/create':
             wanted = json.loads(body)
-            name = f'{wanted["organization"]}/{wanted["name"]}'
+            name = f'{wanted.get("organization") or "someone"}/{wanted["name"]}'
             if not self.commits[name]:
                 self.commits[name].append((digest(name.encode()), {}))
             self.answer({'url': f'{self.address}/{name}'})

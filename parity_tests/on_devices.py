@@ -113,6 +113,10 @@ def process(folder: str) -> dict[str, Any]:
         from_pretrained(folder, mesh=mesh, check=True)
     except ValueError as error:
         checked = str(error)
+    try:
+        save_pretrained(f'{folder}-split', model, variables)
+    except ValueError as error:
+        split = str(error)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         other, fitted = from_pretrained(folder, mesh=mesh, **OTHER_FIELDS)
@@ -130,6 +134,7 @@ def process(folder: str) -> dict[str, Any]:
         'parameters': placement(variables),
         'fitted': placement(fitted),
         'checked': checked,
+        'split': split,
         'logits': np.asarray(logits).tolist(),
     }
 

@@ -84,6 +84,7 @@ def test_convert_verify_export_and_back(flax_vit: Run, ending: str) -> None:
     status, printed, _ = flax_vit('inspect', 'out')
     assert status == 0
     assert source in printed
+    assert 'scan_layers: inferred' not in printed
     source_facts = json.loads(pathlib.Path('out/config.json').read_text())['source']
     assert source_facts['layout']['id'] == 'S3'
     assert source_facts['fields']['heads'] == 'given'
@@ -141,6 +142,8 @@ def test_verify_on_real_images(flax_vit: Run, tmp_path: pathlib.Path) -> None:
         (['export', 'out', 'simple_vit.pt'], 'exists'),
         (['convert', 'simple_vit.pt', 'out', '--image-size', 'big'], 'is no size'),
         (['convert', 'simple_vit.pt', 'out', '--heads', '0'], '--heads'),
+        (['convert', 'deep_vit.pt', 'out', '--channels', '1', '--dropout', '2'], '--dropout'),
+        (['convert', 'simple_vit.pt', 'out', *FIELDS, '--param-dtype', 'int8'], 'param_dtype must be float64'),
         (['frobnicate'], 'No such command'),
     ],
 )
@@ -154,6 +157,26 @@ def test_bad_input_is_one_paragraph_and_status_2(
     assert message in complaint
     assert 'Traceback' not in printed + complaint
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_dropout_is_kept(flax_vit: Run) -> None:
+    fields = ['--channels', '1', '--dropout', '0.1', '--emb-dropout', '0.2']
+    assert flax_vit('convert', 'deep_vit.pt', 'out', *fields)[0] == 0
+    model, _ = from_pretrained('out')
+    assert (model.dropout, model.emb_dropout) == (0.1, 0.2)
+
+
+def test_own_files_and_folders_that_are_not_there(flax_vit: Run) -> None:
+    assert flax_vit('convert', 'simple_vit.pt', 'out', *FIELDS)[0] == 0
+    assert flax_vit('serve-export', 'out', 'served.npz')[0] == 0
+    (weights,) = pathlib.Path('out').glob('model-*')
+    for source in (str(weights), 'out', 'served.npz'):
+        status, _, complaint = flax_vit('convert', source, 'again', *FIELDS)
+        assert status == 2
+        assert "is flax_vit's own, converted already: flax_vit.from_pretrained reads" in ' '.join(complaint.split())
+    for command in ('export', 'serve-export'):
+        status, _, complaint = flax_vit(command, 'out', 'nowhere/x.safetensors')
+        assert (status, 'nowhere is no folder: make it first' in complaint) == (2, True)
 
 
 def test_debug_shows_the_traceback(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:

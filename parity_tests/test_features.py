@@ -19,7 +19,8 @@ from reference import (
     to_numpy,
 )
 
-from flax_vit import DeepViT, Features, features, stack_layers
+from flax_vit import DeepViT, Features, features, stack_layers, to_nnx
+from flax_vit.folder import field_names
 
 WAYS: dict[str, dict[str, Any]] = {
     'plain': {},
@@ -136,3 +137,22 @@ def test_blocks_that_are_not_there() -> None:
     for block in (3, -4):
         with pytest.raises(ValueError, match=rf'blocks 0 to 2, from the end -1 to -3; there is no block {block}'):
             features(model, variables, images, blocks=[0, block])
+
+
+class Wider(DeepViT):
+    pass
+
+
+@pytest.mark.usefixtures('unchecked')
+def test_what_are_no_blocks_and_no_model() -> None:
+    _, model, variables, images = in_a_way('deep-mean', 'plain', torch.float32)
+    for blocks in (0, 'last', b'1'):
+        with pytest.raises(ValueError, match=r'blocks must be several numbers, such as \[0, -1\], not '):
+            features(model, variables, images, blocks=blocks)  # type: ignore[arg-type]
+    for block in (1.0, '1', None):
+        with pytest.raises(ValueError, match=rf'there is no block {block!r}'):
+            features(model, variables, images, blocks=[block])  # type: ignore[list-item]
+    fields = {name: getattr(model, name) for name in field_names(DeepViT)}
+    for stranger in (Wider(**fields), to_nnx(model, variables)):
+        with pytest.raises(ValueError, match='features looks into a SimpleViT or a DeepViT itself, not a '):
+            features(stranger, variables, images)  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ def error(name, **more):
         return f'{type(error).__name__}: {error}'
 """
 ONLINE = """
-first = flax_vit.push_to_hub('old', 'someone/vit').split('/')[-1]
+first = flax_vit.push_to_hub('old', 'vit').split('/')[-1]
 flax_vit.push_to_hub('new', 'someone/vit', commit_message='better')
 print(total('someone/vit'))
 print(total('someone/vit', revision=first))
@@ -93,14 +93,52 @@ def test_published_and_read(tmp_path: pathlib.Path) -> None:
     assert (nothing, oid) == ({}, first)
     assert b'| `dim` | `16` |' in published['README.md']  # made of the configuration: `old` has no card
     on_disk = {path.name: path.read_bytes() for path in (tmp_path / 'new').iterdir()}
+    on_disk['README.md'] = on_disk['README.md'].replace(b"'this/folder'", b"'someone/vit'")
     assert latest == on_disk  # the weights of the first are gone
     assert len(read_config(tmp_path / 'new')['weights']) > 1
-    assert not {'README.md', 'model-00001-of-00002.safetensors'} & set(hub.downloads)
+    assert 'model-00001-of-00002.safetensors' not in hub.downloads
+    assert hub.downloads.count('README.md') == 1  # by the second push, to see whether somebody has edited it
 
     script = "print(total('someone/vit'), error('someone/else'), sep='\\n')"
     again, missing = client(script, tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE='1')  # and nobody serves any more
     assert again == now
-    assert missing.startswith('FileNotFoundError: someone/else is no folder')
+    assert 'someone/else is no folder here, nor is a copy of it kept' in missing
+    assert 'unset HF_HUB_OFFLINE' in missing
+
+
+ONTO_OTHERS = """
+def push(name):
+    try:
+        return flax_vit.push_to_hub('new', name)
+    except ValueError as error:
+        return f'ValueError: {error}'
+
+print(push('google/vit'))
+print(push('someone/notes'))
+print(push('someone/edited'))
+"""
+
+
+def test_what_others_have_published_or_edited_is_kept(tmp_path: pathlib.Path) -> None:
+    save_pretrained(tmp_path / 'old', MODELS['simple'], variables_of(MODELS['simple']), source={'from': 'training'})
+    save_pretrained(tmp_path / 'new', MODELS['deep'], variables_of(MODELS['deep']), source={'from': 'training'})
+    foreign = {'config.json': b'{"model_type": "vit"}', 'model-00001-of-00002.safetensors': b'...'}
+    old = {path.name: path.read_bytes() for path in (tmp_path / 'old').iterdir()}
+    with serving() as (address, hub):
+        for name, files in (
+            ('google/vit', foreign),
+            ('someone/notes', {'README.md': b'mine', 'model-00001-of-00002.safetensors': b'...'}),
+            ('someone/edited', old | {'README.md': old['README.md'] + b'mine'}),
+        ):
+            hub.commits[name] = [('0' * 40, files)]
+        refused, *_ = client(ONTO_OTHERS, tmp_path, HF_ENDPOINT=address)
+    assert refused.startswith('ValueError: google/vit on the Hugging Face Hub is left as it is; give another name: ')
+    assert 'config.json is not the configuration of a model' in refused
+    assert [files for _, files in hub.commits['google/vit']] == [foreign]
+    new = {path.name: path.read_bytes() for path in (tmp_path / 'new').iterdir()}
+    assert hub.commits['someone/edited'][-1][1] == new | {'README.md': old['README.md'] + b'mine'}
+    notes = hub.commits['someone/notes'][-1][1]
+    assert notes == new | {'README.md': b'mine', 'model-00001-of-00002.safetensors': b'...'}
 
 
 def test_a_damaged_folder_is_not_published(tmp_path: pathlib.Path) -> None:
@@ -124,6 +162,9 @@ def test_what_is_neither_a_folder_nor_a_name(tmp_path: pathlib.Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     save_pretrained('someone/vit', MODELS['simple'], variables_of(MODELS['simple']))
     from_pretrained('someone/vit')  # a folder comes first
+    for folder in ('someone/vit', pathlib.Path('someone/vit')):
+        with pytest.raises(ValueError, match='someone/vit is a folder here, which has no revision main'):
+            from_pretrained(folder, revision='main')
 
 
 def test_the_page(tmp_path: pathlib.Path) -> None:

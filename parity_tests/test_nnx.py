@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 from flax_vit import DeepViT, SimpleViT, from_nnx, to_nnx
@@ -79,3 +80,16 @@ def test_dropout_takes_keys_from_rngs() -> None:
     assert not np.array_equal(first, second)  # the stream moves on
     assert np.array_equal(first, train(to_nnx(model, variables, nnx.Rngs(dropout=7))))
     assert np.array_equal(module(IMAGES), to_nnx(model, variables)(IMAGES))  # and without training there is none
+
+
+@pytest.mark.usefixtures('unchecked')
+def test_what_is_none_of_ours(model: Any, variables: Any) -> None:
+    with pytest.raises(ValueError, match=r"variables of a .*ViT are \{'params': …\}, not a dict of \["):
+        to_nnx(model, variables['params'])
+    with pytest.raises(ValueError, match='expected'):
+        to_nnx(model.clone(mlp_dim=9), variables)
+    with pytest.raises(ValueError, match='The model must be a DeepViT or a SimpleViT, not a Dense'):
+        to_nnx(nn.Dense(3), variables)
+    for module in (nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.bridge.ToNNX(nn.Dense(3)), model):
+        with pytest.raises(ValueError, match='from_nnx takes what to_nnx made of a DeepViT or a SimpleViT, not a '):
+            from_nnx(module)  # type: ignore[arg-type]

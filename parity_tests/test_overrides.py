@@ -114,6 +114,40 @@ def test_what_else_would_change_shapes_is_refused(folder: pathlib.Path) -> None:
         from_pretrained(folder, param_dtype='float64')
 
 
+@pytest.mark.usefixtures('unchecked')
+def test_what_is_no_key(folder: pathlib.Path) -> None:
+    for key in (3, 'a'):
+        with pytest.raises(ValueError, match=f'key must be a random key of JAX, .* not {key!r}'):
+            from_pretrained(folder, num_classes=7, key=key)  # type: ignore[arg-type]
+
+
+def test_other_patches_are_refused_even_if_they_fit(folder: pathlib.Path) -> None:
+    fit: Any = {'patch_size': 2, 'channels': 12, 'image_size': (4, 6) if folder.name == 'simple' else 4}
+    with pytest.raises(ValueError, match=r'=.* does not fit the saved parameters: their first matrix is for'):
+        from_pretrained(folder, **fit)
+    if folder.name == 'simple':
+        assert from_pretrained(folder, patch_size=(4, 4))[0].grid == (2, 3)  # the same
+
+
+def test_another_function_of_the_same_weights_is_said(folder: pathlib.Path) -> None:
+    fields = {'heads': 4, 'dim_head': 32} if folder.name == 'simple' else {'pool': 'cls'}
+    with pytest.warns(PretrainedWarning, match='makes another function of the same weights') as said:
+        model, variables = from_pretrained(folder, **fields)
+    assert len(said) == len(fields)
+    assert model == MODELS[folder.name].clone(**fields)
+    assert_equal(variables, variables_of(MODELS[folder.name]))
+
+
+@pytest.mark.parametrize('dtype', ['int8', 'bool', 'complex64', 'float8_e4m3fn', 'bf16', 'foo', 3, None])
+def test_what_weights_and_computations_cannot_be_in(dtype: Any, folder: pathlib.Path) -> None:
+    for name in ('param_dtype', 'dtype'):
+        if (name, dtype) != ('dtype', None):
+            with pytest.raises(
+                ValueError, match=rf'{name} must be float64, float32, float16 or bfloat16, not .*{dtype}'
+            ):
+                from_pretrained(folder, **{name: dtype})
+
+
 def test_nothing_is_said_when_nothing_is_new(folder: pathlib.Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter('error')

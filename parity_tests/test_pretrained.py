@@ -2,7 +2,10 @@
 
 import contextlib
 import json
+import os
 import pathlib
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +18,7 @@ from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 import flax_vit.pretrained
-from flax_vit import DeepViT, SimpleViT, from_pretrained, save_pretrained
+from flax_vit import DeepViT, PretrainedWarning, SimpleViT, from_pretrained, save_pretrained
 from flax_vit.folder import read_config
 from flax_vit.pretrained import read_golden
 
@@ -27,7 +30,7 @@ MODELS = {
 
 def variables_of(model: Any, seed: int = 0) -> Any:
     random = np.random.default_rng(seed)
-    shapes = flax_vit.pretrained.param_shapes(model)
+    shapes = flax_vit.parameters.param_shapes(model)
     flat = {path: jnp.asarray(random.normal(size=shape.shape), model.param_dtype) for path, shape in shapes.items()}
     return {'params': unflatten_dict(flat)}
 
@@ -49,6 +52,61 @@ def test_what_is_saved_is_read(name: str, dtype: str, tmp_path: pathlib.Path) ->
     assert read_config(tmp_path / 'out')['source'] == {'from': 'here'}
 
 
+HIGH, HIGHEST = jax.lax.Precision.HIGH, jax.lax.Precision.HIGHEST
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {},
+        {'precision': HIGHEST},
+        {'precision': (HIGH, HIGHEST)},
+        {'precision': ('high', 'highest')},
+        {'precision': 'BF16_BF16_F32', 'dtype': jnp.float16},
+        {'dim': np.int64(16), 'heads': np.int32(2), 'dtype': 'bfloat16'},
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures('unchecked')
+def test_every_field_is_read_as_it_was(fields: Any, tmp_path: pathlib.Path) -> None:
+    model = MODELS['simple'].clone(**fields)
+    save_pretrained(tmp_path, model, variables_of(model))
+    read, _ = from_pretrained(tmp_path)
+    assert (read, hash(read)) == (model, hash(model))
+    assert type(read.precision) is type(model.precision)
+
+
+@pytest.mark.usefixtures('unchecked')
+def test_what_cannot_be_kept_is_refused_before_anything_is_written(tmp_path: pathlib.Path) -> None:
+    model, variables = MODELS['simple'], variables_of(MODELS['simple'])
+    preset = model.clone(precision=jax.lax.DotAlgorithmPreset.BF16_BF16_F32)
+    refused: list[tuple[Any, Any, str]] = [
+        (preset, {}, r'precision=.*DotAlgorithmPreset.* cannot be kept in config\.json'),
+        (model, {'source': {'files': {1, 2}}}, 'source must be JSON .*set'),
+        (model, {'source': '\ud800'}, 'source must be JSON'),
+        (model, {'golden': {'names': np.array(['a', None])}}, 'golden must be arrays that safetensors can keep'),
+        (model, {'max_shard_size': 0}, 'max_shard_size must be a number of bytes from 1 up, not 0'),
+    ]
+    for model, arguments, words in refused:
+        with pytest.raises(ValueError, match=words):
+            save_pretrained(tmp_path / 'out', model, variables, **arguments)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_computation_in_float64_is_done_in_float32_and_said_so_once(tmp_path: pathlib.Path) -> None:
+    model = MODELS['simple'].clone(dtype='float64')
+    save_pretrained(tmp_path, model, variables_of(MODELS['simple']))
+    with pytest.warns(PretrainedWarning, match='float64 computations are rounded to float32') as said:
+        read, variables = from_pretrained(tmp_path)
+    assert (len(said), read) == (1, model.clone(dtype='float32'))
+    read.apply(variables, np.zeros((1, 8, 12, 3), np.float32))
+    assert from_pretrained(tmp_path, dtype='float32')[0] == read
+    with pytest.raises(ValueError, match=r'dtype=float64 is not to be had: .*jax_enable_x64'):
+        from_pretrained(tmp_path, dtype='float64')
+    with jax.enable_x64(True):
+        assert from_pretrained(tmp_path)[0] == model
+
+
 def test_float64_is_kept_or_said_to_be_rounded(tmp_path: pathlib.Path) -> None:
     with jax.enable_x64(True):
         model = MODELS['simple'].clone(param_dtype=jnp.dtype('float64'))
@@ -64,8 +122,10 @@ def test_overrides(tmp_path: pathlib.Path) -> None:
     model, variables = from_pretrained(tmp_path, dtype='bfloat16', param_dtype='float16', dropout=0.5)
     assert (model.dtype, model.param_dtype, model.dropout) == (jnp.bfloat16, jnp.float16, 0.5)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float16')}
-    with pytest.raises(ValueError, match='DeepViT has no field colour'):
+    with pytest.raises(ValueError, match=r'DeepViT has no field colour; its fields are .*pool, '):
         from_pretrained(tmp_path, colour='red')
+    with pytest.raises(ValueError, match=r'DeepViT has no field drop_out; do you mean dropout\?'):
+        from_pretrained(tmp_path, drop_out=0.5)
 
 
 def test_one_model_replaces_another(tmp_path: pathlib.Path) -> None:
@@ -84,7 +144,7 @@ class Kill:
     def __init__(self, patch: pytest.MonkeyPatch, after: int) -> None:
         self.left, self.dead = after, False
         for owner, name in [(pathlib.Path, name) for name in ('touch', 'write_text', 'chmod', 'replace', 'unlink')] + [
-            (flax_vit.pretrained, 'save_file')
+            (sys.modules[save_pretrained.__module__], 'save_file')
         ]:
             patch.setattr(owner, name, self.counted(getattr(owner, name)))
 
@@ -127,11 +187,82 @@ def test_a_save_killed_at_any_moment_leaves_the_old_model_or_the_new(
     assert seen.count('deep') > 3
 
 
+def test_what_is_renamed_is_on_the_disk_and_so_are_names_before_old_weights_go(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pretrained(tmp_path, MODELS['simple'], variables_of(MODELS['simple']))
+    synced: set[int] = set()  # by inode
+    fsync, replace, unlink = os.fsync, pathlib.Path.replace, pathlib.Path.unlink
+
+    def syncing(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def replacing(path: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        assert path.stat().st_ino in synced
+        synced.discard(tmp_path.stat().st_ino)
+        return replace(path, target)
+
+    def unlinking(path: pathlib.Path, missing_ok: bool = False) -> None:
+        assert not path.exists() or tmp_path.stat().st_ino in synced
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(os, 'fsync', syncing)
+    monkeypatch.setattr(pathlib.Path, 'replace', replacing)
+    monkeypatch.setattr(pathlib.Path, 'unlink', unlinking)
+    save_pretrained(tmp_path, MODELS['deep'], variables_of(MODELS['deep']), source={'from': 'here'})
+    assert len(list(tmp_path.glob('model-*'))) == 1
+
+
+def test_many_save_and_read_at_once(tmp_path: pathlib.Path) -> None:
+    saved = {name: variables_of(model) for name, model in MODELS.items()}
+
+    def save(name: str) -> None:
+        save_pretrained(tmp_path, MODELS[name], saved[name], source={'from': name}, max_shard_size=4000)
+
+    def read(_: int) -> None:
+        model, variables = from_pretrained(tmp_path)
+        assert_equal(variables, saved['deep' if isinstance(model, DeepViT) else 'simple'])
+
+    save('simple')
+    with ThreadPoolExecutor(8) as threads:
+        tasks = [threads.submit(save, name) for name in ('deep', 'simple') * 4]
+        tasks += [threads.submit(read, number) for number in range(8)]
+    for task in tasks:
+        task.result()
+    read(0)
+    named = {file['file'] for file in read_config(tmp_path)['weights']}
+    assert {path.name for path in tmp_path.iterdir()} == named | {'config.json', 'README.md'}
+
+
+@pytest.mark.parametrize('check', [True, False])
+def test_a_save_between_the_configuration_and_the_weights(
+    check: bool, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pretrained(tmp_path, MODELS['simple'], variables_of(MODELS['simple']))
+    others = iter([MODELS['deep']])
+
+    def then_saved(folder: pathlib.Path) -> Any:
+        config = read_config(folder)
+        for model in others:
+            save_pretrained(folder, model, variables_of(model))
+        return config
+
+    monkeypatch.setattr(flax_vit.pretrained, 'read_config', then_saved)
+    model, variables = from_pretrained(tmp_path, check=check)
+    assert model == MODELS['deep']
+    assert_equal(variables, variables_of(model))
+    for weights in tmp_path.glob('model-*'):
+        weights.unlink()
+    with pytest.raises(FileNotFoundError, match='model-'):
+        from_pretrained(tmp_path, check=check)
+
+
 def test_a_save_that_fails_cleans_up(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_arguments: Any, **_more: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(flax_vit.pretrained, 'save_file', interrupt)
+    monkeypatch.setattr(sys.modules[save_pretrained.__module__], 'save_file', interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(tmp_path, MODELS['simple'], variables_of(MODELS['simple']))
     assert not list(tmp_path.iterdir())
@@ -139,7 +270,7 @@ def test_a_save_that_fails_cleans_up(tmp_path: pathlib.Path, monkeypatch: pytest
 
 def test_weights_in_several_files(tmp_path: pathlib.Path) -> None:
     model, variables = MODELS['deep'], variables_of(MODELS['deep'])
-    golden = {'images': np.arange(6.0)}
+    golden = {'images': np.arange(6.0), 'one number': np.array(3.0)}
     save_pretrained(tmp_path, model, variables, golden=golden, max_shard_size=2000)
     files = [tmp_path / file['file'] for file in read_config(tmp_path)['weights']]
     assert len(files) > 3
@@ -149,7 +280,8 @@ def test_weights_in_several_files(tmp_path: pathlib.Path) -> None:
     assert all(size <= 2000 or len(arrays) == 1 for size, arrays in zip(sizes, contents, strict=True))
     assert all(one + other > 2000 for one, other in pairwise(sizes))
     assert_equal(from_pretrained(tmp_path)[1], variables)
-    assert np.array_equal(read_golden(tmp_path)['images'], golden['images'])
+    assert_equal(read_golden(tmp_path), golden)
+    assert read_golden(tmp_path)['one number'].shape == ()
     save_pretrained(tmp_path, model, variables)
     assert len(list(tmp_path.glob('model-*'))) == 1
 
@@ -177,6 +309,48 @@ def test_the_card_says_what_is_known(tmp_path: pathlib.Path) -> None:
     assert 'parts' not in card
     save_pretrained(tmp_path, MODELS['deep'], variables_of(MODELS['deep']))
     assert not (tmp_path / 'README.md').exists()  # a card of another model would be false
+
+
+def test_a_card_that_was_edited_is_kept(tmp_path: pathlib.Path) -> None:
+    page = tmp_path / 'README.md'
+    for name in ('simple', 'deep'):  # what nobody has touched is replaced
+        save_pretrained(tmp_path, MODELS[name], variables_of(MODELS[name]), source={'from': ('training', 1)})
+        assert type(MODELS[name]).__name__ in page.read_text()
+    renamed = page.read_text().replace('this/folder', 'owner/name')  # as push_to_hub writes it
+    page.write_text(renamed)
+    save_pretrained(tmp_path, MODELS['simple'], variables_of(MODELS['simple']), source={'from': 'training'})
+    assert 'SimpleViT' in page.read_text()
+    for text in (page.read_text() + 'Mine.', 'Mine, of SimpleViT'):
+        page.write_text(text)
+        save_pretrained(tmp_path, MODELS['deep'], variables_of(MODELS['deep']), source={'from': 'training'})
+        save_pretrained(tmp_path, MODELS['deep'], variables_of(MODELS['deep']))
+        assert page.read_text() == text
+
+
+def test_only_own_names_are_taken_for_own(tmp_path: pathlib.Path) -> None:
+    model, variables = MODELS['simple'], variables_of(MODELS['simple'])
+    save_pretrained(tmp_path, model, variables)
+    for name in ('model-00001-of-00002.safetensors', 'thesis.incomplete', 'model-best.safetensors'):
+        (tmp_path / name).write_text('mine')
+        with pytest.raises(ValueError, match=rf'holds other files \({name}\); give'):
+            save_pretrained(tmp_path, model, variables)
+        assert (tmp_path / name).read_text() == 'mine'
+        (tmp_path / name).unlink()
+    for name in (
+        'model-0123456789ab.safetensors',
+        'model-new.safetensors',
+        'model-new.safetensors.0a1b2c3d.incomplete',
+        'model.safetensors.incomplete',  # of the first format
+        'config.json.incomplete',
+        'README.md.0a1b2c3d.incomplete',
+    ):
+        (tmp_path / name).touch()
+    (tmp_path / '.gitattributes').touch()
+    (tmp_path / '.git').mkdir()
+    save_pretrained(tmp_path, model, variables)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left[:2] + left[2:3] == ['.git', '.gitattributes', 'config.json']
+    assert len(left) == 4
 
 
 def test_other_peoples_files_are_left_alone(tmp_path: pathlib.Path) -> None:
@@ -228,7 +402,11 @@ def test_damage_is_noticed(tmp_path: pathlib.Path) -> None:
         from_pretrained(tmp_path, check=False)
     config = json.loads((tmp_path / 'config.json').read_text())
     (file,) = config['weights']
+    lacking = {name: value for name, value in config['fields'].items() if name != 'heads'}
     changes: list[dict[str, Any]] = [
+        {'fields': lacking},
+        {'fields': config['fields'] | {'heads': 'two'}},
+        {'fields': None},
         {'format': 'flax_vit 99'},
         {'model': 'ViT'},
         {'fields': {'colour': 'red'}},
@@ -238,8 +416,11 @@ def test_damage_is_noticed(tmp_path: pathlib.Path) -> None:
     ]
     for change in changes:
         (tmp_path / 'config.json').write_text(json.dumps(config | change))
-        with pytest.raises(ValueError, match='not the configuration'):
+        with pytest.raises(ValueError, match=r'config\.json is not the configuration'):
             from_pretrained(tmp_path)
+    (tmp_path / 'config.json').write_text(json.dumps(config | {'fields': lacking}))
+    with pytest.raises(ValueError, match='heads'):
+        from_pretrained(tmp_path)
 
 
 def test_what_a_folder_holds_is_checked(tmp_path: pathlib.Path) -> None:

@@ -90,7 +90,19 @@ def test_bad_input_is_told_and_nothing_is_written(tmp_path: pathlib.Path, monkey
         patch.delitem(sys.modules, 'jax._src.export.serialization', raising=False)
         with pytest.raises(ValueError, match=r'flax-vit\[serving\]'):
             export_serving(target, model, variables)
+    with pytest.raises(ValueError, match='computes in float64'):
+        export_serving(target, model.clone(dtype='float64'), variables)
+    for size in (0, (0, 0)):
+        with pytest.raises(ValueError, match='takes images of shape'):
+            export_serving(target, model, variables, image_size=size)
+    with pytest.raises(ValueError, match='variables of this SimpleViT are not the parameters of this model'):
+        export_serving(target, model, variables_of(MODELS[0]))
+    with pytest.raises(FileNotFoundError, match='nowhere is no folder: make it first'):
+        export_serving(tmp_path / 'nowhere' / 'simple.npz', model, variables)
     assert not list(tmp_path.iterdir())
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match=r'is a folder; give the name of a file, such as .*/model\.npz'):
+            export_serving(tmp_path, model, variables, overwrite=overwrite)
     target.write_text('mine')
     with pytest.raises(FileExistsError, match='exists'):
         export_serving(target, model, variables)
@@ -103,11 +115,15 @@ def test_on_the_command_line(
     save_pretrained(tmp_path / 'out', MODELS[0], variables_of(MODELS[0]))
     target = tmp_path / 'deep.npz'
     arguments = ['serve-export', str(tmp_path / 'out'), str(target), '--platform', 'cpu', '--platform', 'tpu']
-    for more, status in (([], 0), ([], 2), (['--overwrite', '--param-dtype', 'bfloat16'], 0)):
+    overwrite = ['--overwrite', '--param-dtype', 'bfloat16', '--image-size', '4x8']
+    for more, status in (([], 0), ([], 2), (['--overwrite', '--dtype', 'bf16'], 2), (overwrite, 0)):
         monkeypatch.setattr(sys, 'argv', ['flax-vit', *arguments, *more])
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == status
-    assert 'cpu, tpu' in capsys.readouterr().out
+    printed, complaint = capsys.readouterr()
+    assert 'cpu, tpu' in printed
+    assert 'dtype must be float64, float32, float16 or bfloat16' in ' '.join(complaint.split())
     with np.load(target) as file:
         assert file['params/cls_token'].dtype == np.uint16
+        assert jax.export.deserialize(bytearray(file['program'])).in_avals[-1].shape[1:] == (4, 8, 3)

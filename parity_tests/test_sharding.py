@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 from on_devices import OTHER_FIELDS, training_state
@@ -20,8 +21,17 @@ from orbax.checkpoint import v1 as orbax
 from test_pretrained import assert_equal, variables_of
 from test_readme import ROOT, blocks
 
-from flax_vit import DeepViT, PretrainedWarning, SimpleViT, from_pretrained, save_pretrained, shardings
-from flax_vit.pretrained import param_shapes
+from flax_vit import (
+    DeepViT,
+    PretrainedWarning,
+    SimpleViT,
+    from_nnx,
+    from_pretrained,
+    save_pretrained,
+    shardings,
+    to_nnx,
+)
+from flax_vit.parameters import param_shapes
 
 SIZES: Any = {'image_size': 16, 'patch_size': 4, 'dim': 32, 'depth': 1, 'heads': 4, 'dim_head': 8, 'mlp_dim': 64}
 SIZES |= {'num_classes': 12, 'param_dtype': np.dtype('float64')}
@@ -129,9 +139,12 @@ def test_two_processes_read_only_their_slices(folders: dict[str, pathlib.Path]) 
         assert facts['devices'] == [4, 2]
         assert 'is damaged' in facts['checked']  # unless they are asked to
         assert np.abs(np.array(facts['logits']) - expected).max() <= 1e-12 * np.abs(expected).max()
+        assert 'lie on several hosts (params/' in facts['split']
+        assert 'docs/devices.md' in facts['split']
         kernels = [path for path in whole if path.endswith('/kernel')]
         assert {path: facts['read'][path] for path in kernels} == {path: whole[path] // 2 for path in kernels}
         assert facts['read'].keys() == whole.keys()  # nothing else, such as golden arrays
+    assert not pathlib.Path(f'{folder}-split').exists()
     with jax.enable_x64(True):
         assert_equal(from_pretrained(f'{folder}-again')[1], variables)
         with pytest.warns(PretrainedWarning):
@@ -225,6 +238,36 @@ def test_a_mesh_that_does_not_fit(one: Mesh, folders: dict[str, pathlib.Path]) -
     explicit = Mesh(one.devices, ('data', 'model'), axis_types=(AxisType.Explicit,) * 2)
     with pytest.raises(ValueError, match=r'leave them to the compiler\. Make it with axis_types=.*Auto,\) \* 2'):
         from_pretrained(folders['simple'], mesh=explicit)
+
+
+@pytest.mark.usefixtures('unchecked')
+def test_what_is_no_mesh_and_no_rule(one: Mesh, folders: dict[str, pathlib.Path]) -> None:
+    folder, no_mesh = folders['simple'], (2, 4)
+    with pytest.raises(ValueError, match=r'mesh must be a jax\.sharding\.Mesh, such as .*, not \(2, 4\)'):
+        from_pretrained(folder, mesh=no_mesh)  # type: ignore[arg-type]
+    wrong: list[Any] = [[('kernel', 'model')], {'kernel': P('model')}, [P('model')], [('kernel', P('model'), 1)]]
+    for rules in wrong:
+        with pytest.raises(ValueError, match=r'A rule is a pair of a pattern and a PartitionSpec, .* not '):
+            from_pretrained(folder, mesh=one, sharding_rules=rules)
+    with pytest.raises(ValueError, match=r'sharding_rules say .*: give mesh, too'):
+        from_pretrained(folder, sharding_rules=())
+
+
+def test_the_state_of_an_nnx_module(one: Mesh) -> None:
+    model = MODELS['deep'].clone(param_dtype=np.dtype('float32'))
+    variables = variables_of(model)
+    module = to_nnx(model, variables)
+    state = nnx.state(module, nnx.Param)
+    found = shardings(state, one)
+    assert_equal_specs(nnx.to_pure_dict(found), shardings(variables, one)['params'])
+    nnx.update(module, jax.device_put(state, found))
+    assert_equal(from_nnx(module), variables)
+    kernel = from_nnx(module)['params']['transformer']['layers_0_0']['to_qkv']['kernel']
+    assert kernel.sharding.spec == P(None, 'model')
+
+
+def assert_equal_specs(one: Any, other: Any) -> None:
+    assert jax.tree.map(lambda sharding: sharding.spec, one) == jax.tree.map(lambda sharding: sharding.spec, other)
 
 
 def test_a_training_state_moves_between_one_device_and_eight(

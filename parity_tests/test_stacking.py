@@ -113,6 +113,18 @@ def test_the_state_of_an_optimizer() -> None:
     assert_same_bits(unstack_layers(stack_layers(moments)), moments)
 
 
+def test_shapes_alone() -> None:
+    _, _, variables = converted(CONFIGURATIONS['deep-mean'], torch.float32)
+    shapes = jax.eval_shape(lambda: variables)
+    stacked = stack_layers(shapes)
+    assert stacked == jax.eval_shape(lambda: stack_layers(variables))
+    assert unstack_layers(stacked) == shapes
+    transformer = shapes['params']['transformer']
+    other = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), transformer['layers_1_1'])
+    with pytest.raises(ValueError, match=r'cannot be stacked: it is .*bfloat16, .*float32'):
+        stack_layers({'params': {'transformer': {**transformer, 'layers_1_1': other}}})
+
+
 # How a model is computed, and with it which dropout masks a key draws.
 DRAWS: list[dict[str, Any]] = [
     {},

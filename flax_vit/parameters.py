@@ -1,0 +1,54 @@
+"""The parameters of a model: which there are, of which shape, and whether given ones are they."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from flax_vit.folder import MODELS
+from flax_vit.layers import FLOATS, pair
+
+
+def param_shapes(model: nn.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """The shapes of the model's parameters by path; nothing is computed."""
+    model = model.clone(dtype=None, param_dtype=jnp.float32)  # of any dtype, also of one that JAX has switched off
+    images = jax.ShapeDtypeStruct((1, *pair(model.image_size), model.channels), jnp.float32)
+    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images)['params'])
+
+
+def saved_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The same as they are written in a file."""
+    return {'/'.join(('params', *path)): shape.shape for path, shape in param_shapes(model).items()}
+
+
+def check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
+    """ValueError unless these are the variables of the model: the names, the shapes."""
+    name = type(model).__name__
+    if not isinstance(model, tuple(MODELS.values())):
+        raise ValueError(f'The model must be a {" or a ".join(MODELS)}, not a {name}.')
+    if not isinstance(variables, Mapping) or set(variables) != {'params'}:
+        found = f'a dict of {sorted(variables)}' if isinstance(variables, Mapping) else f'a {type(variables).__name__}'
+        raise ValueError(f"The variables of a {name} are {{'params': …}}, not {found}.")
+    shapes = {'/'.join(path): getattr(array, 'shape', ()) for path, array in flatten_dict(variables).items()}
+    check_shapes(saved_shapes(model), shapes, f'The variables of this {name}')
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """ValueError that lists every difference."""
+    problems = [
+        f'  {path}: the shape is {shapes.get(path, "missing")}, expected {expected.get(path, "nothing")}'
+        for path in sorted(expected.keys() | shapes.keys())
+        if shapes.get(path) != expected.get(path)
+    ]
+    if problems:
+        raise ValueError(f'{what} are not the parameters of this model:\n' + '\n'.join(problems))
+
+
+def check_dtypes(dtypes: Mapping[str, str], what: str) -> None:
+    """ValueError that lists what is no floating-point number of 16 bits and more."""
+    strange = [f'  {path}: {dtype}' for path, dtype in sorted(dtypes.items()) if dtype not in FLOATS]
+    if strange:
+        raise ValueError(f'{what} should be {", ".join(FLOATS)}; not so:\n' + '\n'.join(strange))
