@@ -1,6 +1,8 @@
 """The parameters of a model: which there are, of which shape, and whether given ones are they."""
 
 from collections.abc import Mapping
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,11 +14,17 @@ from flax_vit.folder import MODELS
 from flax_vit.layers import FLOATS, pair
 
 
-def param_shapes(model: nn.Module) -> dict[tuple[str, ...], jax.ShapeDtypeStruct]:
+def param_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
     """The shapes of the model's parameters by path; nothing is computed."""
-    model = model.clone(dtype=None, param_dtype=jnp.float32)  # of any dtype, also of one that JAX has switched off
+    # of any dtype, also of one that JAX has switched off
+    return _param_shapes(model.clone(dtype=None, param_dtype=jnp.float32))
+
+
+@cache  # tracing a deep model takes tenths of a second, and reading a folder asks several times
+def _param_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
     images = jax.ShapeDtypeStruct((1, *pair(model.image_size), model.channels), jnp.float32)
-    return flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images)['params'])
+    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images)['params'])
+    return MappingProxyType(shapes)
 
 
 def saved_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

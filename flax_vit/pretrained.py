@@ -68,6 +68,7 @@ def from_pretrained(
     if key is not None:
         _check_key(key)
     folder = local_folder(folder, revision=revision, cache_dir=cache_dir)
+    model_of(read_config(folder), overrides)  # what is wrong with them is said before large files are read
     if check is None:
         check = mesh is None or not mesh.is_multi_process
     with _opened(folder, check=check) as (config, arrays):
