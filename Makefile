@@ -18,7 +18,7 @@ test: $(VENV)/test.installed
 fast-test: $(VENV)/test.installed
 	$(BIN)/pytest --numprocesses auto -m 'not slow and not releases'
 
-# What README.md and docs/performance.md show: 32 minutes on two idle cores.
+# What README.md and docs/performance.md show: 38 minutes on two idle cores.
 bench: $(VENV)/test.installed
 	mkdir -p build
 	$(BIN)/python benchmarks/speed.py --json build/speed.json --picture build/speed.png

@@ -24,7 +24,7 @@ CALLS = 10
 # The first pattern that is found counts; for Flax in the path of modules and operation that XLA keeps.
 FLAX = {
     'optimizer': r'^(?!.*ViT)',
-    'dense layers': r'/(to_qkv|to_out(_0)?|net_[134]|to_patch_embedding_\d|(linear|mlp)_head(_1)?)/(dot_general|trans)',
+    'dense layers': r'/(to_qkv|to_out|to_out_0|net_[134]|to_patch_embedding_\d|\w+_head(_1)?)/.*(dot_general|trans)',
     'LayerNorm': r'/(norm|net_0|to_patch_embedding_\d|mlp_head_0)/',
     're-attention': r'reattn_norm_1',
     'attention: products, softmax, moving heads': r'layers_\d+_0/',

@@ -216,8 +216,11 @@ PRODUCTS = {'product, PyTorch': torch_product, 'product, JAX': jax_product}
 
 def forget_memory_peak() -> None:
     """What was in use up to now does not count. (JAX cannot forget a GPU's peak; that of preparing a case is small.)"""
+    import ctypes
     import sys
 
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is free in the process is given back, not used again unseen
     torch = sys.modules.get('torch')
     if torch is not None and torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -244,7 +247,6 @@ def work(connection: Connection, way: str, case: Case) -> None:
 
     os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
     call = {**WAYS, **PRODUCTS}[way](case)
-    gc.collect()
     forget_memory_peak()
     before = memory(peak=False)
     start = time.perf_counter()

@@ -1,6 +1,7 @@
 """The way from a checkpoint to a Flax model, and back."""
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from convert.layouts import LAYOUTS, Layout, leaves
 from convert.params import Leaf
 from convert.unwrap import Unwrapped, unwrap
 from flax_vit import layers
+
+# How the arrays of a model's folder, or of what serve-export wrote, are named.
+OWN = re.compile(r'params/(transformer|to_patch_embedding_\d)/')
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def inspect(source: Any, *, key: str | None = None, **overrides: Any) -> Inspect
     if isinstance(source, str | os.PathLike):
         read = checkpoint.read(source)
         name, form, files, tree = str(source), read.format, read.files, read.tree
-        if isinstance(tree, Mapping) and any(str(key).startswith('params/') for key in tree):
+        if isinstance(tree, Mapping) and any(OWN.match(str(key)) for key in tree):
             raise ConversionError(
                 f"{source} is flax_vit's own, converted already: flax_vit.from_pretrained reads the folder it is in; "
                 'a program that serve-export wrote is run as docs/serving.md says.'

@@ -60,7 +60,7 @@ def compare_outputs(
     """Hold the port against `reference`, PyTorch's outputs (batch, classes) for `images`, in the dtype they ran in.
 
     PyTorch rounds as the port does in that dtype, so the outputs may be 3 times as far from the port in float64 as the
-    port's own are (more, if they are fewer than 50 numbers). In float64 the limit is rounding (but a SimpleViT's
+    port's own are (more, if they are fewer than 52 numbers). In float64 the limit is rounding (but a SimpleViT's
     position table is float32 even there). When they are further, every field that the weights leave open is tried with
     other values.
     """

@@ -21,7 +21,7 @@ from flax_vit.stacking import unstack_layers
 OUTPUT_LIMIT = 1e-12  # of float64: rounding over the depth of a model; the mildest slip known is at 1e-5
 GRADIENT_LIMIT = 1e-11  # of float64: the way back adds as many roundings again, and sums over the batch
 RATIO = 3.0  # times PyTorch's own rounding error
-USUAL_RATIO = 1.5  # what right ports reach; in float32, of most sizes, 1.1
+USUAL_RATIO = 1.5  # what most right ports stay below; the largest measured are in docs/proof.md
 FALSE_ALARMS = 1e-6  # how often chance may call a part of a right port wrong
 # Half a unit in the last place of each dtype: below it nothing is left to compare.
 FLOOR = {'float32': 2.0**-24, 'bfloat16': 2.0**-9, 'float16': 2.0**-12}
@@ -94,7 +94,7 @@ class Report:
         if self.dtype != 'float64':
             text += (
                 f', and in {self.dtype} the Flax model is at most {RATIO:.0f} times as far from the float64 truth as '
-                'PyTorch itself (more where that is known from fewer than 50 numbers)'
+                'PyTorch itself (more where that is known from fewer than 52 numbers)'
             )
         return f'{text}. All relative to the size of what is compared.'
 
@@ -314,7 +314,7 @@ def ratio_limit(numbers: int) -> float:
     """What the root mean square of the port's errors over that of PyTorch's may be, each taken from so many numbers.
 
     `RATIO`, but of few numbers the ratio is itself uncertain: its square, over that of the true ratio, has the F
-    distribution. From 50 numbers down chance would too often lift a right port's ratio above `RATIO`.
+    distribution. From 51 numbers down chance would too often lift a right port's ratio above `RATIO`.
     """
     from scipy.special import fdtri
 

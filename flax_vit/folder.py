@@ -31,8 +31,11 @@ CARD = 'README.md'  # the Hugging Face Hub shows it as the model's page
 WEIGHTS = 'model-{}.safetensors'
 GOLDEN = 'golden/'  # begins the names of arrays that are no parameters
 PARTIAL = '.incomplete'  # ends the name of a file that is being written
-# What a killed save has left, of this version and of earlier ones.
-LEFTOVER = r'model-new\.safetensors|(config\.json|README\.md|model(-new)?\.safetensors)(\.[0-9a-f]{8})?\.incomplete'
+# What a killed save has left, of this version and of earlier ones; the last is what safetensors itself writes to.
+LEFTOVER = (
+    r'model-new\.safetensors|(config\.json|README\.md|model(-new)?\.safetensors)(\.[0-9a-f]{8})?\.incomplete'
+    r'|\.tmp[0-9A-Za-z]{6}'
+)
 
 
 def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def new_config(model: nn.Module, source: Any) -> dict[str, Any]:
     """The configuration of a model, as it will be read; its list of weights is still empty.
 
-    ValueError for a field or a source that would not be read as it is.
+    ValueError for a field that would not be read as it is, and for a source that is not JSON.
     """
     saved = {}
     for name in field_names(type(model)):
@@ -70,7 +73,7 @@ def new_config(model: nn.Module, source: Any) -> dict[str, Any]:
         if _from_json(name, saved[name]) != value:
             raise ValueError(f'{name}={value!r} cannot be kept in {CONFIG}; give a number or a name instead.')
     try:
-        source = json.loads(json.dumps(source, ensure_ascii=False).encode())
+        source = json.loads(json.dumps(source, ensure_ascii=False, allow_nan=False).encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f'source must be JSON (dicts, lists, strings and numbers in UTF-8): {error}.') from error
     return {'format': FORMAT, 'model': type(model).__name__, 'fields': saved, 'weights': [], 'source': source}
@@ -127,6 +130,8 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield lambda: _synchronise(descriptor)
     finally:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was forked meanwhile holds the descriptor, too
         os.close(descriptor)
 
 
@@ -136,14 +141,10 @@ def _synchronise(descriptor: int) -> None:
 
 
 def check_own(folder: Path) -> None:
-    """ValueError unless a model may be saved to `folder`: there is nothing, or nothing but such a model.
+    """ValueError unless a model may be saved to `folder`: it holds nothing, or nothing but such a model.
 
     What is hidden (`.git`, `.gitattributes`) does not count: nothing of it is touched.
     """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ValueError(f'{folder} is a file; a model is saved to a folder.')
     names = {path.name for path in folder.iterdir()}
     own = {CONFIG, CARD} if CONFIG in names else set()
     others = sorted(name for name in names - own if not (is_weights(name) or is_leftover(name) or name.startswith('.')))

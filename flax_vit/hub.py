@@ -21,7 +21,7 @@ def local_folder(
     if Path(name).exists() or isinstance(name, os.PathLike):
         if revision is not None:
             raise ValueError(
-                f'{name} is a folder here, which has no revision {revision}; only the hub knows revisions.'
+                f'{name} is taken for a folder here, which has no revision {revision}; only the hub knows revisions.'
             )
         return Path(name)
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
@@ -61,8 +61,9 @@ def push_to_hub(
 
     The repository is made if need be, `private` or not; weights of an earlier model in it are removed by the same
     commit. Its page is the folder's README.md; without one, a card is made of the configuration. A page that was
-    edited on the hub is kept. Needs a login (`hf auth login`, or HF_TOKEN). Raises ValueError when the folder is not
-    whole, and when the repository holds another kind of model; and the hub library's errors.
+    edited on the hub is kept, unless the folder's own was edited, too. Needs a login (`hf auth login`, or HF_TOKEN).
+    Raises ValueError when the folder is not whole, and when the repository holds another kind of model; and the hub
+    library's errors.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -82,9 +83,11 @@ def push_to_hub(
     except ValueError as error:
         raise ValueError(f'{repo_id} on the Hugging Face Hub is left as it is; give another name: {error}') from error
     files[CONFIG] = folder / CONFIG
-    if CARD not in there or (old and is_card(published(CARD).read_text(encoding='utf-8', errors='replace'), old)):
-        page = (folder / CARD).read_bytes() if (folder / CARD).exists() else card(config).encode()
-        files[CARD] = card(config, repo_id).encode() if is_card(page.decode(errors='replace'), config) else page
+    page = folder / CARD
+    if page.exists() and not is_card(page.read_text(encoding='utf-8', errors='replace'), config):
+        files[CARD] = page
+    elif CARD not in there or (old and is_card(published(CARD).read_text(encoding='utf-8', errors='replace'), old)):
+        files[CARD] = card(config, repo_id).encode()
     operations = [hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
     operations += [hub.CommitOperationDelete(name) for name in there if is_weights(name) and name not in files]
     message = commit_message or f'{config["model"]}, by flax_vit'

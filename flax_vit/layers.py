@@ -115,7 +115,8 @@ def product(
     """`jnp.einsum` of two arrays of one dtype, in that dtype.
 
     A CPU's units for bfloat16 add up in float32: XLA uses them only if the result is asked for in float32 and rounded
-    afterwards, else it computes in float32, which takes 4 times as long. Elsewhere it rounds within the product.
+    afterwards, else it computes in float32, which takes 4 times as long. The way back it computes in float32 anyway.
+    Elsewhere it rounds within the product.
     """
 
     def plain(x: Array, y: Array) -> Array:

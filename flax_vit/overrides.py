@@ -60,7 +60,7 @@ def changes(saved: Shapes, wanted: Shapes, overrides: Mapping[str, tuple[Any, An
             f'The saved parameters do not fit a model with {fields}; only num_classes and image_size may change their '
             'shapes:\n' + '\n'.join(lines)
         )
-    for name in CUT & overrides.keys():
+    for name in sorted(CUT & overrides.keys()):
         old, new = overrides[name]
         if pair(old) != pair(new):
             raise ValueError(

@@ -35,7 +35,7 @@ def saved_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
     """ValueError unless these are the variables of the model: the names, the shapes."""
     name = type(model).__name__
-    if not isinstance(model, tuple(MODELS.values())):
+    if type(model) not in MODELS.values():
         raise ValueError(f'The model must be a {" or a ".join(MODELS)}, not a {name}.')
     if not isinstance(variables, Mapping) or set(variables) != {'params'}:
         found = f'a dict of {sorted(variables)}' if isinstance(variables, Mapping) else f'a {type(variables).__name__}'

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh, PartitionSpec, Sharding
+from jax.sharding import Mesh, Sharding
 from safetensors import SafetensorError, safe_open
 
 from flax_vit.folder import GOLDEN, check_hashes, model_of, read_config
@@ -21,7 +21,7 @@ from flax_vit.hub import local_folder
 from flax_vit.overrides import POSITIONS, changes, initial
 from flax_vit.parameters import check_dtypes, check_shapes, saved_shapes
 from flax_vit.resize import resize_positions
-from flax_vit.sharding import RULES, check_mesh, shardings
+from flax_vit.sharding import RULES, Rules, check_mesh, shardings
 from flax_vit.stacking import stacked
 
 DTYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # in safetensors' words
@@ -35,7 +35,7 @@ def from_pretrained(
     folder: str | os.PathLike[str],
     *,
     mesh: Mesh | None = None,
-    sharding_rules: Sequence[tuple[str, PartitionSpec]] = RULES,
+    sharding_rules: Rules = RULES,
     check: bool | None = None,
     key: jax.Array | None = None,
     revision: str | None = None,
@@ -135,8 +135,10 @@ def _opened(folder: Path, *, check: bool) -> Iterator[tuple[dict[str, Any], dict
                 arrays = _mapped(folder, config, stack)
                 break
             except FileNotFoundError:
-                if read_config(folder) == config:
-                    raise  # else another process has saved a model meanwhile, and removed the files of this one
+                # Another process may have saved a model meanwhile, and removed the files of this one.
+                there = all((folder / file['file']).exists() for file in config['weights'])
+                if not there and read_config(folder) == config:
+                    raise
         yield config, arrays
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,11 @@ from flax.traverse_util import flatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import save, save_file
 
-from flax_vit.card import card, is_card
+from flax_vit.card import card, card_hash, is_card
 from flax_vit.folder import (
     CARD,
     CONFIG,
     GOLDEN,
-    MODELS,
     WEIGHTS,
     appearing_whole,
     check_own,
@@ -50,24 +50,24 @@ def save_pretrained(
 
     The configuration names the files of the weights and is replaced last, at once: whenever this is interrupted, the
     folder holds the old model or the new one. Saves of one machine into one folder wait for each other, so that none
-    takes another's files for left ones; of several machines, let one save. Raises ValueError, before anything is
+    takes another's files for left ones (not on Windows, nor on network file systems without locks); of several
+    machines, let one save. Raises ValueError, before anything is
     written, when the variables are not the model's or not all on this host, when something cannot be kept, and when
     the folder holds anything else than such a model.
     """
     folder = Path(folder)
-    name = type(model).__name__
-    if MODELS.get(name) is not type(model):
-        raise ValueError(f'save_pretrained takes a {" or a ".join(MODELS)}, not a {name}.')
     check_variables(model, variables)
     arrays = {path: np.asarray(array, order='C') for path, array in _flat(model, variables).items()}
     arrays |= _golden(golden or {})
-    if not isinstance(max_shard_size, int) or max_shard_size < 1:
+    if not isinstance(max_shard_size, Real) or max_shard_size < 1:
         raise ValueError(f'max_shard_size must be a number of bytes from 1 up, not {max_shard_size!r}.')
     config = new_config(model, source)
-    check_own(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f'{folder} is a file; a model is saved to a folder.')
 
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder) as sync:
+        check_own(folder)
         page = folder / CARD
         edited = page.exists() and not is_card(page.read_text(encoding='utf-8', errors='replace'), read_config(folder))
         hashes = {}
@@ -78,14 +78,16 @@ def save_pretrained(
             digest = sha256(new)
             hashes[new.replace(folder / WEIGHTS.format(digest[:12])).name] = digest
         config['weights'] = [{'file': name, 'sha256': digest} for name, digest in hashes.items()]
+        config['card'] = card_hash(card(config))
+        sync()  # what the configuration names is there
         if not edited:
             page.unlink(missing_ok=True)  # before the model it speaks of is replaced
         with appearing_whole(folder / CONFIG) as partial:
-            partial.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+            partial.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8', newline='\n')
         if source is not None and not edited:
             with appearing_whole(page) as partial:
-                partial.write_text(card(config), encoding='utf-8')
-        sync()  # what the disk has of the configuration names files that are there
+                partial.write_text(card(config), encoding='utf-8', newline='\n')
+        sync()  # before the files go that the old one names
         for path in folder.iterdir():
             if is_leftover(path.name) or (is_weights(path.name) and path.name not in hashes):
                 path.unlink()
@@ -104,6 +106,7 @@ def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
             f'{what} lie on several hosts ({far[0]}, …), and one writes the folder: bring them together first, with '
             'jax.experimental.multihost_utils.process_allgather(variables, tiled=True); see docs/devices.md.'
         )
+    variables = jax.tree.map(np.asarray, variables)  # nothing is computed on the devices, which may be of several hosts
     flat = flatten_dict(unstack_layers(variables) if model.scan_layers else variables)
     check_dtypes({'/'.join(path): array.dtype.name for path, array in flat.items()}, what)
     return {'/'.join(path): array for path, array in flat.items()}

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+Rules = Sequence[tuple[str | re.Pattern[str], PartitionSpec]]
 
 # The first rule whose pattern is found in a parameter's path counts. It says how the trailing axes are split, so that
 # it also holds where blocks are stacked along a leading axis; what no rule names is whole on every device. Batches go
@@ -33,7 +35,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] = RULES) -> Any:
+def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any:
     """A tree of shardings for a tree of arrays, or of their shapes: variables, a whole training state, an nnx state.
 
     `rules` are pairs of a regular expression and the split of the trailing axes. An axis that the mesh does not divide
@@ -57,12 +59,13 @@ def shardings(tree: Any, mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]] 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def check_mesh(mesh: Mesh, rules: Sequence[tuple[str, PartitionSpec]]) -> None:
+def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules) -> None:
     """ValueError unless these are a mesh and rules that fit each other."""
-    if not isinstance(mesh, Mesh):
+    if not isinstance(mesh, Mesh | AbstractMesh):
         raise ValueError(f'mesh must be a jax.sharding.Mesh, such as jax.make_mesh makes, not {mesh!r}.')
     for rule in rules:
-        if not (isinstance(rule, tuple) and [*map(type, rule)] == [str, PartitionSpec]):
+        pattern, spec = rule if isinstance(rule, tuple | list) and len(rule) == 2 else (None, None)
+        if not (isinstance(pattern, str | re.Pattern) and isinstance(spec, PartitionSpec)):
             raise ValueError(
                 f"A rule is a pair of a pattern and a PartitionSpec, ('kernel$', PartitionSpec('model')), not {rule!r}."
             )

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +175,11 @@ def test_own_files_and_folders_that_are_not_there(flax_vit: Run) -> None:
         status, _, complaint = flax_vit('convert', source, 'again', *FIELDS)
         assert status == 2
         assert "is flax_vit's own, converted already: flax_vit.from_pretrained reads" in ' '.join(complaint.split())
+    others: dict[str, Any] = {'params/img/Transformer/encoderblock_0/LayerNorm_0/scale': np.ones(3)}
+    np.savez('big_vision.npz', **others)
+    status, _, complaint = flax_vit('convert', 'big_vision.npz', 'again', *FIELDS)
+    assert status == 2
+    assert "flax_vit's own" not in complaint
     for command in ('export', 'serve-export'):
         status, _, complaint = flax_vit(command, 'out', 'nowhere/x.safetensors')
         assert (status, 'nowhere is no folder: make it first' in complaint) == (2, True)

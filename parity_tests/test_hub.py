@@ -107,6 +107,8 @@ def test_published_and_read(tmp_path: pathlib.Path) -> None:
 
 
 ONTO_OTHERS = """
+import pathlib
+
 def push(name):
     try:
         return flax_vit.push_to_hub('new', name)
@@ -116,6 +118,9 @@ def push(name):
 print(push('google/vit'))
 print(push('someone/notes'))
 print(push('someone/edited'))
+for text in ('first', 'second'):
+    pathlib.Path('new/README.md').write_text(text)
+    push('someone/edited')
 """
 
 
@@ -136,7 +141,9 @@ def test_what_others_have_published_or_edited_is_kept(tmp_path: pathlib.Path) ->
     assert 'config.json is not the configuration of a model' in refused
     assert [files for _, files in hub.commits['google/vit']] == [foreign]
     new = {path.name: path.read_bytes() for path in (tmp_path / 'new').iterdir()}
-    assert hub.commits['someone/edited'][-1][1] == new | {'README.md': old['README.md'] + b'mine'}
+    pages = [files['README.md'] for _, files in hub.commits['someone/edited']]
+    assert pages[1:] == [old['README.md'] + b'mine', b'first', b'second']  # the folder's own page, once it is edited
+    assert hub.commits['someone/edited'][-1][1] == new
     notes = hub.commits['someone/notes'][-1][1]
     assert notes == new | {'README.md': b'mine', 'model-00001-of-00002.safetensors': b'...'}
 
@@ -163,7 +170,7 @@ def test_what_is_neither_a_folder_nor_a_name(tmp_path: pathlib.Path, monkeypatch
     save_pretrained('someone/vit', MODELS['simple'], variables_of(MODELS['simple']))
     from_pretrained('someone/vit')  # a folder comes first
     for folder in ('someone/vit', pathlib.Path('someone/vit')):
-        with pytest.raises(ValueError, match='someone/vit is a folder here, which has no revision main'):
+        with pytest.raises(ValueError, match='someone/vit is taken for a folder here, which has no revision main'):
             from_pretrained(folder, revision='main')
 
 

@@ -200,6 +200,7 @@ def test_what_is_renamed_is_on_the_disk_and_so_are_names_before_old_weights_go(
 
     def replacing(path: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
         assert path.stat().st_ino in synced
+        assert target.name != 'config.json' or tmp_path.stat().st_ino in synced  # the names of the weights
         synced.discard(tmp_path.stat().st_ino)
         return replace(path, target)
 
@@ -327,6 +328,16 @@ def test_a_card_that_was_edited_is_kept(tmp_path: pathlib.Path) -> None:
         assert page.read_text() == text
 
 
+def test_the_card_of_another_version_is_replaced(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, variables = MODELS['simple'], variables_of(MODELS['simple'])
+    with monkeypatch.context() as other:
+        other.setattr('flax_vit.saving.card', lambda config: "Other words: from_pretrained('this/folder')\n")
+        save_pretrained(tmp_path, model, variables, source={'from': 'training'})
+    assert 'Other words' in (tmp_path / 'README.md').read_text()
+    save_pretrained(tmp_path, model, variables, source={'from': 'training'})
+    assert 'Other words' not in (tmp_path / 'README.md').read_text()
+
+
 def test_only_own_names_are_taken_for_own(tmp_path: pathlib.Path) -> None:
     model, variables = MODELS['simple'], variables_of(MODELS['simple'])
     save_pretrained(tmp_path, model, variables)
@@ -342,6 +353,7 @@ def test_only_own_names_are_taken_for_own(tmp_path: pathlib.Path) -> None:
         'model-new.safetensors.0a1b2c3d.incomplete',
         'model.safetensors.incomplete',  # of the first format
         'config.json.incomplete',
+        '.tmp0aB1cD',  # safetensors writes to such a file and renames it
         'README.md.0a1b2c3d.incomplete',
     ):
         (tmp_path / name).touch()
@@ -381,7 +393,7 @@ def test_wrong_variables_are_not_saved(tmp_path: pathlib.Path) -> None:
     whole = jax.tree.map(lambda array: array.astype(np.int8), variables)
     with pytest.raises(ValueError, match=r'should be float64, .*; not so:\n  params/linear_head/bias: int8'):
         save_pretrained(tmp_path / 'out', MODELS['simple'], whole)
-    with pytest.raises(ValueError, match='takes a DeepViT or a SimpleViT, not a Dense'):
+    with pytest.raises(ValueError, match='must be a DeepViT or a SimpleViT, not a Dense'):
         save_pretrained(tmp_path / 'out', nn.Dense(3), variables)
     assert not (tmp_path / 'out').exists()
 
