@@ -168,6 +168,7 @@ def flax(case: Case) -> Callable[[], None]:
     import jax
 
     function, arguments = flax_program(case)
+    jax.block_until_ready(arguments)  # what makes them takes memory, too
     step = jax.jit(function, donate_argnums=(0, 1) if case.training else ())
 
     def call() -> None:
