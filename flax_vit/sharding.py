@@ -69,6 +69,10 @@ def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules) -> None:
             raise ValueError(
                 f"A rule is a pair of a pattern and a PartitionSpec, ('kernel$', PartitionSpec('model')), not {rule!r}."
             )
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f'The pattern of the rule {rule!r} is no regular expression: {error}.') from error
     if set(mesh.axis_types) != {AxisType.Auto}:
         raise ValueError(
             f'{mesh} asks for explicit shardings; the models leave them to the compiler. Make it with '

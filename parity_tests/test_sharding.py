@@ -256,6 +256,10 @@ def test_what_is_no_mesh_and_no_rule(one: Mesh, folders: dict[str, pathlib.Path]
     for rules in wrong:
         with pytest.raises(ValueError, match=r'A rule is a pair of a pattern and a PartitionSpec, .* not '):
             from_pretrained(folder, mesh=one, sharding_rules=rules)
+    with pytest.raises(
+        ValueError, match=r"The pattern of the rule \('kernel\(', .* is no regular expression: missing \)"
+    ):
+        from_pretrained(folder, mesh=one, sharding_rules=[('kernel(', P('model'))])
     with pytest.raises(ValueError, match=r'sharding_rules say .*: give mesh, too'):
         from_pretrained(folder, sharding_rules=())
 

@@ -204,7 +204,7 @@ def draw(curves: dict[str, Curve], file: Path) -> None:
     help='From the weights that PyTorch trained, or from fresh ones. Give both to compare them.',
 )
 @click.option('--steps', type=click.IntRange(1), default=1000, show_default=True, help='Batches to train on.')
-@click.option('--batch', type=click.IntRange(1), default=128, show_default=True, help='Images in a batch.')
+@click.option('--batch', type=click.IntRange(1, 4000), default=128, show_default=True, help='Images in a batch.')
 @click.option('--every', type=click.IntRange(1), default=100, show_default=True, help='Steps between checkpoints.')
 @click.option('--image-size', type=click.IntRange(4), default=16, show_default=True, help='MNIST has 28 pixels a side.')
 @click.option('--seed', default=0, show_default=True, help='Of fresh weights, batches, augmentation, dropout.')
