@@ -32,9 +32,9 @@ WEIGHTS = 'model-{}.safetensors'
 GOLDEN = 'golden/'  # begins the names of arrays that are no parameters
 PARTIAL = '.incomplete'  # ends the name of a file that is being written
 # What a killed save has left, of this version and of earlier ones; the last is what safetensors itself writes to.
+_WRITTEN = '|'.join(map(re.escape, (CONFIG, CARD, WEIGHTS.format('new'), 'model.safetensors')))
 LEFTOVER = (
-    r'model-new\.safetensors|(config\.json|README\.md|model(-new)?\.safetensors)(\.[0-9a-f]{8})?\.incomplete'
-    r'|\.tmp[0-9A-Za-z]{6}'
+    rf'{re.escape(WEIGHTS.format("new"))}|({_WRITTEN})(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}|\.tmp[0-9A-Za-z]{{6}}'
 )
 
 

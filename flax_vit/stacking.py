@@ -38,10 +38,8 @@ def unstack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
     for path, array in flatten_dict(variables).items():
         if 'blocks' in path:
             at = path.index('blocks')
-            if isinstance(array, jax.ShapeDtypeStruct):
-                parts: Any = [jax.ShapeDtypeStruct(array.shape[1:], array.dtype)] * array.shape[0]
-            else:
-                parts = array
+            shape_alone = isinstance(array, jax.ShapeDtypeStruct)
+            parts = [jax.ShapeDtypeStruct(array.shape[1:], array.dtype)] * array.shape[0] if shape_alone else array
             for block, part in enumerate(parts):
                 flat[(*path[:at], path[at + 1].replace('layers_', f'layers_{block}_'), *path[at + 2 :])] = part
         else:

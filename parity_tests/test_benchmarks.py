@@ -24,3 +24,4 @@ def test_speed(tmp_path: pathlib.Path) -> None:
     for way in case['ways'].values():
         assert way['seconds'] > 0
         assert way['speed'] > 0
+        assert way['memory_bytes'] > 0

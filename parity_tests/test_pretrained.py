@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -234,6 +235,28 @@ def test_many_save_and_read_at_once(tmp_path: pathlib.Path) -> None:
     read(0)
     named = {file['file'] for file in read_config(tmp_path)['weights']}
     assert {path.name for path in tmp_path.iterdir()} == named | {'config.json', 'README.md'}
+
+
+FORKED = """
+import fcntl, os, signal, time
+from pathlib import Path
+from flax_vit.folder import locked
+with locked(Path()):
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+try:
+    fcntl.flock(os.open('.', os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+finally:
+    os.kill(child, signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='there are neither forks nor locks of folders')
+def test_the_lock_ends_with_the_save_also_if_a_process_was_forked_meanwhile(tmp_path: pathlib.Path) -> None:
+    ended = subprocess.run([sys.executable, '-c', FORKED], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize('check', [True, False])
