@@ -94,7 +94,7 @@ class Report:
         if self.dtype != 'float64':
             text += (
                 f', and in {self.dtype} the Flax model is at most {RATIO:.0f} times as far from the float64 truth as '
-                'PyTorch itself (more where that is known from fewer than 52 numbers)'
+                'PyTorch itself (more for a part of fewer than 52 numbers, where chance weighs in)'
             )
         return f'{text}. All relative to the size of what is compared.'
 
