@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test fast-test bench examples format clean
+.PHONY: demo test fast-test bench plans examples format clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/flax-vit demo
@@ -19,12 +19,18 @@ fast-test: $(VENV)/test.installed
 	$(BIN)/pytest --numprocesses auto -m 'not slow and not releases'
 
 # What README.md and docs/performance.md show: 38 minutes on two idle cores.
-bench: $(VENV)/test.installed
+bench: $(VENV)/test.installed $(if $(shell command -v nvidia-smi),$(VENV)/gpu.installed)
 	mkdir -p build
 	$(BIN)/python benchmarks/speed.py --json build/speed.json --picture build/speed.png
 	$(BIN)/python benchmarks/scaling.py --json build/scaling.json --picture build/scaling.png
 	$(BIN)/python benchmarks/conversion.py --json build/conversion.json
 	$(BIN)/python benchmarks/startup.py --json build/startup.json
+
+# Memory and compile time on accelerators, in docs/performance.md. None is needed: their compilers are fetched (350 MB).
+plans: $(VENV)/test.installed
+	mkdir -p build
+	$(BIN)/python benchmarks/scaling.py --target 'NVIDIA H100' --json build/h100.json
+	$(BIN)/python benchmarks/scaling.py --target 'TPU v5e' --json build/v5e.json
 
 # The figures of docs/finetuning.md and docs/attention.md: trainings of some minutes. What is finished is not run again.
 examples: $(VENV)/examples.installed

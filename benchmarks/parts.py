@@ -8,6 +8,7 @@ PyTorch's profile knows operations, not modules: the LayerNorm of its re-attenti
 """
 
 import collections
+import os
 import re
 import tempfile
 import time
@@ -107,6 +108,7 @@ def timed(call: Callable[[], Any], profile: Any) -> float:
 @click.option('--training', is_flag=True, help='A training step instead of a forward.')
 def main(model: str, size: str, batch: int, training: bool) -> None:
     """Profile one case, in float32 on the CPU."""
+    os.environ.update(JAX_PLATFORMS='cpu', CUDA_VISIBLE_DEVICES='-1')  # before either framework is imported
     case = Case(model, size, batch, 'float32', training)
     (flax_total, flax), (pytorch_total, pytorch) = flax_times(case), pytorch_times(case)
     table = Table('milliseconds', 'Flax', 'PyTorch eager', title=str(case))

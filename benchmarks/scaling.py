@@ -1,11 +1,11 @@
 """What the options are for: memory against the number of tokens, compile time against the depth.
 
-    python benchmarks/scaling.py [--json FILE] [--picture FILE]
+    python benchmarks/scaling.py [--target 'TPU v5e'] [--json FILE] [--picture FILE]
 
 Tokens: one S/16-wide block of each model; the memory that XLA plans for temporaries of the compiled forward and of its
 gradient, with the attention map held whole and in chunks of queries, and the time: of the forward wherever its memory
 is there, of the gradient up to 4,096 patches. Depth: the time to compile the forward and the training step of small
-models, layer by layer, scanned, and scanned with remat.
+models, layer by layer, scanned, and scanned with remat. For a target that is not here everything is only compiled.
 """
 
 import json
@@ -14,16 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
 import rich_click as click
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from targets import TARGETS, devices
 from ways import machine
-
-import flax_vit
 
 CHUNK = 256  # queries
 SIDES = (16, 32, 64, 128)  # of the grid of patches: 256 to 16,384 patches
@@ -32,15 +28,29 @@ FITS = 4 * 2**30  # bytes; a forward that needs more is only compiled
 DEPTHS = (8, 64)
 
 
-def build(name: str, **fields: Any) -> Any:
-    """A model, the shapes of its variables and of one image."""
+def build(name: str, sharding: Any, **fields: Any) -> Any:
+    """A model, the shapes of its variables and of one image; on the device of `sharding`, None: of this machine."""
+    import jax
+
+    import flax_vit
+
     model = getattr(flax_vit, name)(num_classes=10, **fields)
-    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), jnp.float32)
-    return model, jax.eval_shape(model.init, jax.random.key(0), images), images
+    images = jax.ShapeDtypeStruct((1, model.image_size, model.image_size, 3), 'float32', sharding=sharding)
+    return model, placed(jax.eval_shape(model.init, jax.random.key(0), images), sharding), images
+
+
+def placed(shapes: Any, sharding: Any) -> Any:
+    """These shapes on that device."""
+    import jax
+
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
 def gradient(model: Any) -> Any:
     """The gradient of a loss by the variables."""
+    import jax
+    import jax.numpy as jnp
+    import optax
 
     def loss(variables: Any, images: Any) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(
@@ -52,21 +62,30 @@ def gradient(model: Any) -> Any:
 
 def filled(shapes: Any) -> Any:
     """Random arrays of these shapes."""
+    import jax
+
     return jax.tree.map(lambda shape: 0.1 * jax.random.normal(jax.random.key(0), shape.shape), shapes)
 
 
-def tokens(name: str, side: int, chunk: int | None, repetitions: int) -> dict[str, Any]:
-    """Memory and seconds of the forward and its gradient, with `side` x `side` patches."""
+def tokens(name: str, side: int, chunk: int | None, repetitions: int, sharding: Any) -> dict[str, Any]:
+    """Memory and seconds of the forward and its gradient, with `side` x `side` patches; None where there are none."""
+    import jax
+
     fields = {'image_size': 2 * side, 'patch_size': 2, 'dim': 384, 'depth': 1, 'heads': 6, 'mlp_dim': 1536}
-    model, variables, images = build(name, **fields, query_chunk_size=chunk)
+    model, variables, images = build(name, sharding, **fields, query_chunk_size=chunk)
     row: dict[str, Any] = {'model': name, 'tokens': side**2 + (name == 'DeepViT'), 'chunk': chunk}
     for what, function in {'forward': model.apply, 'gradient': gradient(model)}.items():
-        compiled = jax.jit(function).lower(variables, images).compile()
+        row |= {f'{what}_bytes': None, f'{what}_seconds': None}
+        try:
+            compiled = jax.jit(function).lower(variables, images).compile()
+        except jax.errors.JaxRuntimeError as error:  # the compiler for TPUs refuses what does not fit
+            if 'RESOURCE_EXHAUSTED' not in str(error):
+                raise
+            continue
         plan: Any = compiled.memory_analysis()
         memory = plan.temp_size_in_bytes
         row[f'{what}_bytes'] = memory
-        row[f'{what}_seconds'] = None
-        if side <= TIMED or (what == 'forward' and memory <= FITS):
+        if not sharding and (side <= TIMED or (what == 'forward' and memory <= FITS)):
             arguments = filled((variables, images))
             seconds = []
             for _ in range(repetitions + 1 if side <= TIMED else 1):  # the first is not counted if there are others
@@ -77,17 +96,20 @@ def tokens(name: str, side: int, chunk: int | None, repetitions: int) -> dict[st
     return row
 
 
-def compilation(name: str, depth: int, **options: bool) -> dict[str, Any]:
+def compilation(name: str, depth: int, sharding: Any, **options: bool) -> dict[str, Any]:
     """Seconds to trace and compile the forward and the training step at a depth."""
+    import jax
+    import optax
+
     fields = {'image_size': 32, 'patch_size': 8, 'dim': 64, 'depth': depth, 'heads': 4, 'mlp_dim': 128}
-    model, variables, images = build(name, **fields, **options)
+    model, variables, images = build(name, sharding, **fields, **options)
     optimizer = optax.adamw(1e-4)
 
     def step(variables: Any, moments: Any, images: Any) -> Any:
         updates, moments = optimizer.update(gradient(model)(variables, images), moments, variables)
         return optax.apply_updates(variables, updates), moments
 
-    moments = jax.eval_shape(optimizer.init, variables)
+    moments = placed(jax.eval_shape(optimizer.init, variables), sharding)
     row: dict[str, Any] = {'model': name, 'depth': depth, **options}
     for what, function, arguments in (
         ('forward', model.apply, (variables, images)),
@@ -132,7 +154,7 @@ def draw(by_tokens: list[dict[str, Any]], target: Path) -> None:
         for chunk, style in ((None, '--'), (CHUNK, '-')):
             rows = [row for row in by_tokens if (row['model'], row['chunk']) == (name, chunk)]
             label = f'{name}, {"whole map" if chunk is None else f"query_chunk_size={chunk}"}'
-            sizes = [row['forward_bytes'] / 2**20 for row in rows]
+            sizes = [(row['forward_bytes'] or float('nan')) / 2**20 for row in rows]
             axes.loglog([row['tokens'] for row in rows], sizes, style, marker='o', color=colour, label=label)
     axes.set_xlabel('tokens')
     axes.set_ylabel('temporary memory of a forward, MiB')
@@ -144,27 +166,46 @@ def draw(by_tokens: list[dict[str, Any]], target: Path) -> None:
 @click.command()
 @click.option('--quick', is_flag=True, help='Few tokens, little depth, to see that it runs.')
 @click.option('--repetitions', type=click.IntRange(1), default=3, show_default=True)
+@click.option(
+    '--target', type=click.Choice(list(TARGETS)), help='Compile for this accelerator, which need not be here.'
+)
+@click.option(
+    '--compilers',
+    type=click.Path(path_type=Path),
+    default=Path('build/compilers'),
+    show_default=True,
+    help="Where accelerators' compilers are, or come, from the package index.",
+)
 @click.option('--json', 'data', type=click.Path(path_type=Path), help='Write every measurement here.')
 @click.option('--picture', type=click.Path(path_type=Path), help='Write memory against tokens here (.png, .svg).')
-def main(quick: bool, repetitions: int, data: Path | None, picture: Path | None) -> None:
+def main(
+    quick: bool, repetitions: int, target: str | None, compilers: Path, data: Path | None, picture: Path | None
+) -> None:
     """Measure memory against tokens, and compile time against depth."""
+    sharding = None
+    if target:
+        device = devices(target, compilers)[0]
+        from jax.sharding import SingleDeviceSharding
+
+        sharding = SingleDeviceSharding(device)
     sides, depths = (SIDES[:1], (1, 2)) if quick else (SIDES, DEPTHS)
     models = ('SimpleViT', 'DeepViT')
     console = Console(stderr=True)
     grid = [(name, side, chunk) for name in models for side in sides for chunk in (None, CHUNK)]
+    about = {**machine(), 'target': target}
     measured: dict[str, list[dict[str, Any]]] = {'tokens': [], 'depth': []}
 
     def keep(what: str, row: dict[str, Any]) -> None:
         measured[what].append(row)
         if data:  # after every row: nothing measured is lost
-            data.write_text(json.dumps({'machine': machine(), **measured}, indent=1))
+            data.write_text(json.dumps({'machine': about, **measured}, indent=1))
 
     for which in track(grid, 'Tokens …', console=console):
-        keep('tokens', tokens(*which, repetitions))
+        keep('tokens', tokens(*which, repetitions, sharding))
     ways: list[dict[str, bool]] = [{}, {'scan_layers': True}, {'scan_layers': True, 'remat': True}]
     stack = [(name, depth, options) for name in models for options in ways for depth in depths]
     for name, depth, options in track(stack, 'Depth …', console=console):
-        keep('depth', compilation(name, depth, **options))
+        keep('depth', compilation(name, depth, sharding, **options))
     show(Console(), measured['tokens'], measured['depth'])
     if picture:
         draw(measured['tokens'], picture)

@@ -6,6 +6,7 @@ images and the default settings of their frameworks, but for JAX's precision on 
 """
 
 import gc
+import os
 import re
 import statistics
 import time
@@ -15,6 +16,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import rich_click as click
+
 SIZES: dict[str, dict[str, int]] = {
     'README': {'image_size': 256, 'patch_size': 32, 'dim': 1024, 'depth': 6, 'heads': 16, 'mlp_dim': 2048},
     'Ti/16': {'image_size': 224, 'patch_size': 16, 'dim': 192, 'depth': 12, 'heads': 3, 'mlp_dim': 768},
@@ -23,6 +26,9 @@ SIZES: dict[str, dict[str, int]] = {
 }
 CLASSES = 1000
 BURST = 0.25  # seconds of calls at a stretch
+
+# JAX takes most of a GPU's memory at its start, but here several processes share it. Before jax is imported.
+os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,8 @@ def flax(case: Case) -> Callable[[], None]:
     return call
 
 
-SIDE = 2048  # of the square matrices that the ceiling is measured with
+# Of the square matrices that the ceiling is measured with: a GPU does small ones before the next is asked for.
+SIDE = {'cpu': 2048, 'cuda': 8192, 'gpu': 8192}
 
 
 def torch_product(case: Case) -> Callable[[], None]:
@@ -187,7 +194,7 @@ def torch_product(case: Case) -> Callable[[], None]:
     import torch
 
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    square = torch.randn(SIDE, SIDE, device=device, dtype=getattr(torch, case.dtype))
+    square = torch.randn(SIDE[device], SIDE[device], device=device, dtype=getattr(torch, case.dtype))
 
     def call() -> None:
         square @ square
@@ -201,7 +208,8 @@ def jax_product(case: Case) -> Callable[[], None]:
     """A large matrix product in JAX."""
     import jax
 
-    square = jax.random.normal(jax.random.key(0), (SIDE, SIDE), case.dtype)
+    side = SIDE[jax.default_backend()]
+    square = jax.random.normal(jax.random.key(0), (side, side), case.dtype)
     product = jax.jit(lambda square: jax.numpy.matmul(square, square, precision=precision()))
     return lambda: product(square).block_until_ready()
 
@@ -244,9 +252,6 @@ def memory(*, peak: bool) -> int:
 
 def work(connection: Connection, way: str, case: Case) -> None:
     """Serve one way: report its first calls, then a burst each time one is asked for, until None is."""
-    import os
-
-    os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
     call = {**WAYS, **PRODUCTS}[way](case)
     forget_memory_peak()
     before = memory(peak=False)
@@ -268,10 +273,25 @@ def work(connection: Connection, way: str, case: Case) -> None:
         connection.send(statistics.median(times))
 
 
+def on_gpu() -> bool:
+    """Whether both frameworks run on a GPU. ClickException where only one does: that would be no comparison."""
+    import jax
+    import torch
+
+    seen = {'PyTorch': torch.cuda.is_available(), 'JAX': jax.default_backend() != 'cpu'}
+    if len(set(seen.values())) > 1:
+        one, other = sorted(seen, key=lambda name: seen[name], reverse=True)
+        raise click.ClickException(
+            f'{one} would run on an accelerator, {other} on the CPU. Install what {other} needs for it (for JAX and '
+            "NVIDIA GPUs: `pip install '.[gpu]'`), or compare both on the CPU, with JAX_PLATFORMS=cpu and "
+            'CUDA_VISIBLE_DEVICES=-1 in the environment.'
+        )
+    return all(seen.values())
+
+
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import importlib.metadata
-    import os
     import platform
 
     import jax

@@ -103,19 +103,34 @@ class HeadNorm(Layer):
     def __call__(
         self, attn: Float[Array, 'batch heads i j'], *, mix: Float[Array, 'heads heads']
     ) -> Float[Array, 'batch heads i j']:
-        batch, heads, i, j = attn.shape
+        batch, heads, _, _ = attn.shape
         wide = jnp.promote_types(attn.dtype, jnp.float32)
         # The mean over the heads is linear: a matrix with centred rows gives the maps centred, with no pass over them.
         mix = mix.astype(wide)
         mix = (mix - mix.mean(axis=1, keepdims=True)).astype(attn.dtype)
         # With the batch on both sides, this is a plain product of matrices, (heads, heads) and (heads, i j).
         mix = jnp.broadcast_to(mix.T, (batch, heads, heads))
-        mixed = product('bgh,bhn->bgn', mix, attn.reshape(batch, heads, i * j), precision=self.precision)
-        centred = mixed.reshape(attn.shape).astype(wide)
-        # A sum of slices, which becomes one loop over the keys; a reduction would step over them, head by head.
-        variance = sum(jnp.split(centred**2, heads, axis=1)) / heads
+        centred = product('bgh,bhij->bgij', mix, attn, precision=self.precision).astype(wide)
+        variance = mean_over_heads(centred**2)
         scale, bias = (parameter.astype(wide).reshape(heads, 1, 1) for parameter in (self.scale, self.bias))
         return (centred * (jax.lax.rsqrt(variance + EPSILON) * scale) + bias).astype(attn.dtype)
+
+
+def mean_over_heads(maps: Float[Array, 'batch heads i j']) -> Float[Array, 'batch 1 i j']:
+    """The mean over the heads. On CPUs a sum of slices, which becomes one loop over the keys.
+
+    A reduction would step over them there, head by head. Where heads lie on different devices, it is one sum between
+    these, and slices would go from device to device.
+    """
+
+    def slices(maps: Array) -> Array:
+        first, *others = jnp.split(maps, maps.shape[1], axis=1)
+        return sum(others, first) / maps.shape[1]
+
+    def reduction(maps: Array) -> Array:
+        return maps.mean(axis=1, keepdims=True)
+
+    return jax.lax.platform_dependent(maps, cpu=slices, default=reduction)
 
 
 class DeepViT(Layer):

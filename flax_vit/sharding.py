@@ -19,7 +19,8 @@ Rules = Sequence[tuple[str | re.Pattern[str], PartitionSpec]]
 # They run over (qkv, head, dim_head), as in PyTorch's file, and a split of that axis cuts across the three; so the
 # compiler gathers to_qkv's activations, once for each block, and goes on with whole heads per device up to the sum
 # after to_out. (Splitting its rows would cost a sum of the same activations, twice that. DeepViT's re-attention mixes
-# heads: the mixed maps are a sum over the devices, and its variance passes single heads' maps between them.)
+# heads: the mixed maps are a sum over the devices, and the mean of their squares another; on CPUs, which sum slices,
+# single heads' maps go between them instead.)
 #
 # Between the blocks activations are whole: the patch projection ends with a sum, hence its rows, and the head takes
 # whole features, hence its columns. The other way round, the compiler would split the features everywhere, and exchange

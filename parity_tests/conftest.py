@@ -8,6 +8,8 @@ import jaxtyping
 import pytest
 
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # of the commands that tests start
+# Roundings are held to what they are on a CPU: a GPU is used only if asked for.
+jax.config.update('jax_platforms', os.environ.setdefault('JAX_PLATFORMS', 'cpu'))
 
 
 @pytest.fixture

@@ -5,7 +5,10 @@ import pathlib
 import subprocess
 import sys
 
+import click
+import jax
 import pytest
+import torch
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / 'benchmarks'
 
@@ -25,3 +28,14 @@ def test_speed(tmp_path: pathlib.Path) -> None:
         assert way['seconds'] > 0
         assert way['speed'] > 0
         assert way['memory_bytes'] > 0
+
+
+@pytest.mark.parametrize(('one', 'other'), [('PyTorch', 'JAX'), ('JAX', 'PyTorch')])
+def test_a_gpu_that_only_one_of_them_sees(one: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from ways import on_gpu
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: one == 'PyTorch')
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu' if one == 'JAX' else 'cpu')
+    with pytest.raises(click.ClickException, match=f'{one} would run on an accelerator, {other} on the CPU'):
+        on_gpu()

@@ -1,6 +1,7 @@
 """The port computes what vit-pytorch computes: outputs, intermediates, gradients, in every precision."""
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -93,6 +94,29 @@ def test_rounding_in_bfloat16_at_depth_32(name: str) -> None:
 @both_models
 def test_rounding_in_float16(name: str) -> None:
     check_rounding(CONFIGURATIONS[name], torch.float16)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What the models compute on GPU and TPU, computed here."""
+    monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *arguments, default, **_: default(*arguments))
+    jax.clear_caches()  # programs traced before
+    yield
+    jax.clear_caches()
+
+
+@both_models
+def test_elsewhere_in_float64(name: str, elsewhere: None, float64: None) -> None:
+    module, model, variables = converted(CONFIGURATIONS[name])
+    images = random_images(CONFIGURATIONS[name])
+    check(output_errors(module, model, variables, images), FLOAT64_BOUND)
+    check(gradient_errors(module, model, variables, images), GRADIENT_BOUND)
+
+
+@both_models
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_elsewhere(name: str, dtype: torch.dtype, elsewhere: None) -> None:
+    check_rounding(CONFIGURATIONS[name], dtype)
 
 
 @both_models
