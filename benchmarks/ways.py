@@ -27,8 +27,8 @@ SIZES: dict[str, dict[str, int]] = {
 CLASSES = 1000
 BURST = 0.25  # seconds of calls at a stretch
 
-# Before the frameworks are imported: JAX would take most of a GPU's memory at its start, but here several processes share
-# it; torch.compile would take what it keeps on disk, so that its first call would not show what compiling takes.
+# Before the frameworks are imported. JAX would take most of a GPU's memory at its start, but several processes share it
+# here; torch.compile would read what it kept on disk, and its first call not show what compiling takes.
 os.environ |= {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '1'}
 
 
