@@ -50,7 +50,10 @@ def measure(case: Case, rounds: int, side: int) -> dict[str, Any]:
         processes[-1].start()
         theirs.close()  # so that a process which ends is noticed
         pipes[name] = ours
-        prepared[name] = ours.recv()  # before the next starts: it compiles undisturbed
+        try:
+            prepared[name] = ours.recv()  # before the next starts: it compiles undisturbed
+        except EOFError as error:
+            raise click.ClickException(f'{case}: {name} ended before it was measured. Its own words are above.') from error
     seconds: dict[str, list[float]] = {name: [] for name in pipes}
     for _ in range(rounds):
         for name, pipe in pipes.items():

@@ -123,7 +123,10 @@ def product(
         return jnp.einsum(equation, x, y, precision=precision)
 
     def rounded_after(x: Array, y: Array) -> Array:
-        return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
+        # XLA decides early that the units do a product. If it then drew a transposition into the product that they
+        # don't do (met with a single image), it would find nothing to run it with. Hence the barrier, which is free.
+        one, other = jax.lax.optimization_barrier((x, y))
+        return jnp.einsum(equation, one, other, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
 
     if x.dtype != jnp.bfloat16:
         return plain(x, y)

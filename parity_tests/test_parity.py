@@ -38,6 +38,7 @@ from reference import (
 
 import convert
 from flax_vit import stack_layers, unstack_layers
+from flax_vit.layers import product
 from flax_vit.simple_vit import posemb_sincos_2d
 
 every_configuration = pytest.mark.parametrize('name', CONFIGURATIONS)
@@ -83,6 +84,25 @@ def test_rounding_in_float32(name: str) -> None:
 @pytest.mark.parametrize('model', ['deep', 'simple'])
 def test_rounding_in_bfloat16(model: str, kind: str) -> None:
     check_rounding(CONFIGURATIONS[f'{model}-{kind}'], torch.bfloat16)
+
+
+@pytest.mark.parametrize('architecture', ['DeepViT', 'SimpleViT'])
+@pytest.mark.parametrize('batch', [1, 2])
+def test_rounding_in_bfloat16_at_a_usual_size(architecture: str, batch: int) -> None:
+    """A CPU's units do not take every product: XLA must have something to run the others with."""
+    fields = {'image_size': 224, 'patch_size': 16, 'dim': 384, 'depth': 1, 'heads': 6, 'mlp_dim': 1536}
+    configuration = Configuration(architecture, fields | {'num_classes': 1000}, (224, 224))
+    assert rounding_error(configuration, torch.bfloat16, batch=batch) <= ROUNDING_RATIO
+
+
+def test_bfloat16_products_of_what_is_transposed() -> None:
+    def multiply(x: jax.Array, y: jax.Array) -> jax.Array:
+        return product('bgh,bhn->bgn', jnp.broadcast_to(x.T, (1, 6, 6)), y, precision=None)
+
+    x = jnp.asarray(np.random.default_rng(0).integers(-4, 5, (6, 6)), jnp.bfloat16)
+    y = jnp.asarray(np.random.default_rng(1).integers(-4, 5, (1, 6, 40_000)), jnp.bfloat16)
+    expected = np.asarray(x, float).T @ np.asarray(y, float)  # whole numbers, all below 2^8: exact
+    np.testing.assert_array_equal(np.asarray(jax.jit(multiply)(x, y), float), expected)
 
 
 @both_models
