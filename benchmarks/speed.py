@@ -53,7 +53,7 @@ def measure(case: Case, rounds: int, side: int) -> dict[str, Any]:
         try:
             prepared[name] = ours.recv()  # before the next starts: it compiles undisturbed
         except EOFError as error:
-            raise click.ClickException(f'{case}: {name} ended before it was measured. Its own words are above.') from error
+            raise click.ClickException(f'{case}: {name} ended before it was measured; its error is above.') from error
     seconds: dict[str, list[float]] = {name: [] for name in pipes}
     for _ in range(rounds):
         for name, pipe in pipes.items():
