@@ -18,7 +18,7 @@ test: $(VENV)/test.installed
 fast-test: $(VENV)/test.installed
 	$(BIN)/pytest --numprocesses auto -m 'not slow and not releases'
 
-# What README.md and docs/performance.md show: 38 minutes on two idle cores.
+# What README.md and docs/performance.md show: about an hour on two idle cores.
 bench: $(VENV)/test.installed $(if $(shell command -v nvidia-smi),$(VENV)/gpu.installed)
 	mkdir -p build
 	$(BIN)/python benchmarks/speed.py --json build/speed.json --picture build/speed.png
