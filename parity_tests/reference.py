@@ -248,9 +248,11 @@ def rounding_ratio(port: np.ndarray, pytorch: np.ndarray, truth: np.ndarray) -> 
 
 
 def rounding_error(configuration: Configuration, dtype: torch.dtype, *, batch: int = 16, **options: Any) -> float:
-    """`rounding_ratio` of the logits in `dtype`: the modules as they come, each with its own sincos table."""
+    """`rounding_ratio` of the logits in `dtype`: the modules as they come, each with its own sincos table.
+
+    Of 16 images unless told otherwise, for errors that chance does not decide.
+    """
     module, model, variables = converted(configuration, dtype, **options)
-    # 16 images, for errors that chance does not decide
     images = channels_first(random_images(configuration, batch=batch), dtype)
     truth = to_numpy(copy.deepcopy(module).double()(images.double()))
     logits = np.asarray(jax.jit(model.apply)(variables, to_numpy(images)))
