@@ -19,7 +19,7 @@ fast-test: $(VENV)/test.installed
 	$(BIN)/pytest --numprocesses auto -m 'not slow and not releases'
 
 # What README.md and docs/performance.md show: about an hour on two idle cores.
-bench: $(VENV)/test.installed $(if $(shell command -v nvidia-smi),$(VENV)/gpu.installed)
+bench: $(VENV)/test.installed $(if $(shell command -v nvidia-smi 2>/dev/null),$(VENV)/gpu.installed)
 	mkdir -p build
 	$(BIN)/python benchmarks/speed.py --json build/speed.json --picture build/speed.png
 	$(BIN)/python benchmarks/scaling.py --json build/scaling.json --picture build/scaling.png

@@ -28,8 +28,12 @@ CLASSES = 1000
 BURST = 0.25  # seconds of calls at a stretch
 
 # Before the frameworks are imported. JAX would take most of a GPU's memory at its start, but several processes share it
-# here; torch.compile would read what it kept on disk, and its first call not show what compiling takes.
-os.environ |= {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false', 'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '1'}
+# here; what either keeps on disk of what it compiled would hide what compiling takes.
+os.environ |= {
+    'XLA_PYTHON_CLIENT_PREALLOCATE': 'false',
+    'JAX_ENABLE_COMPILATION_CACHE': 'false',
+    'TORCHINDUCTOR_FORCE_DISABLE_CACHES': '1',
+}
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,11 @@ def torch_work(case: Case, prepare: Callable[[Any], Any]) -> Callable[[], None]:
     model = prepare(module.train(case.training))
     labels = torch.zeros(case.batch, dtype=torch.long, device=images.device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    if case.training:  # the moments exist before the first step, as optax's do: their memory is not counted either
+        for parameter in module.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
 
     def forward() -> None:
         with torch.inference_mode():
@@ -133,11 +142,11 @@ def fused(case: Case) -> Callable[[], None]:
     return torch_work(case, prepare)
 
 
-def precision() -> str | None:
+def precision(case: Case) -> str | None:
     """Of JAX's matrix products: on a GPU what PyTorch's default is, float32, which for JAX is not the default."""
     import jax
 
-    return None if jax.default_backend() == 'cpu' else 'highest'
+    return 'highest' if case.dtype == 'float32' and jax.default_backend() != 'cpu' else None
 
 
 def flax_program(case: Case) -> tuple[Callable[..., Any], list[Any]]:
@@ -149,7 +158,7 @@ def flax_program(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     import flax_vit
 
     model = getattr(flax_vit, case.model)(
-        num_classes=CLASSES, dtype=case.dtype, param_dtype=case.dtype, precision=precision(), **SIZES[case.size]
+        num_classes=CLASSES, dtype=case.dtype, param_dtype=case.dtype, precision=precision(case), **SIZES[case.size]
     )
     side = SIZES[case.size]['image_size']
     images = jax.random.normal(jax.random.key(0), (case.batch, side, side, 3), case.dtype)
@@ -187,15 +196,15 @@ def flax(case: Case) -> Callable[[], None]:
 
 
 # Of the square matrices that the ceiling is measured with: a GPU does small ones before the next is asked for.
-SIDE = {'cpu': 2048, 'cuda': 8192, 'gpu': 8192}
+SIDE = {'cpu': 2048, 'gpu': 8192}
 
 
 def torch_product(case: Case) -> Callable[[], None]:
     """A large matrix product in PyTorch."""
     import torch
 
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    square = torch.randn(SIDE[device], SIDE[device], device=device, dtype=getattr(torch, case.dtype))
+    device, side = ('cuda', SIDE['gpu']) if torch.cuda.is_available() else ('cpu', SIDE['cpu'])
+    square = torch.randn(side, side, device=device, dtype=getattr(torch, case.dtype))
 
     def call() -> None:
         square @ square
@@ -211,7 +220,7 @@ def jax_product(case: Case) -> Callable[[], None]:
 
     side = SIDE[jax.default_backend()]
     square = jax.random.normal(jax.random.key(0), (side, side), case.dtype)
-    product = jax.jit(lambda square: jax.numpy.matmul(square, square, precision=precision()))
+    product = jax.jit(lambda square: jax.numpy.matmul(square, square, precision=precision(case)))
     return lambda: product(square).block_until_ready()
 
 

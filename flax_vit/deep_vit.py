@@ -108,7 +108,7 @@ class HeadNorm(Layer):
         # The mean over the heads is linear: a matrix with centred rows gives the maps centred, with no pass over them.
         mix = mix.astype(wide)
         mix = (mix - mix.mean(axis=1, keepdims=True)).astype(attn.dtype)
-        # With the batch on both sides, this is a plain product of matrices, (heads, heads) and (heads, i j).
+        # With the batch on both sides, each image's product is a plain one, and the maps keep their shape.
         mix = jnp.broadcast_to(mix.T, (batch, heads, heads))
         centred = product('bgh,bhij->bgij', mix, attn, precision=self.precision).astype(wide)
         variance = mean_over_heads(centred**2)
@@ -117,10 +117,9 @@ class HeadNorm(Layer):
 
 
 def mean_over_heads(maps: Float[Array, 'batch heads i j']) -> Float[Array, 'batch 1 i j']:
-    """The mean over the heads. On CPUs a sum of slices, which becomes one loop over the keys.
+    """The mean over the heads: on CPUs a sum of slices, which XLA makes one loop over the keys; elsewhere a reduction.
 
-    A reduction would step over them there, head by head. Where heads lie on different devices, it is one sum between
-    these, and slices would go from device to device.
+    Where heads lie on different devices, a reduction is one sum between them; slices would send single heads' maps.
     """
 
     def slices(maps: Array) -> Array:

@@ -64,7 +64,9 @@ def eight(folder: str) -> dict[str, Any]:
     batch = jax.device_put((images, labels), on_data)
     apply = jax.jit(model.apply)
     logits = apply(spread, batch[0])
+    expected_logits = apply(alone, images)
     compiled: Any = apply.lower(spread, batch[0]).compile().as_text()
+    half = jax.jit(from_pretrained(folder, dtype='bfloat16')[0].apply)
 
     optimizer = optax.adam(1e-2)
 
@@ -86,7 +88,8 @@ def eight(folder: str) -> dict[str, Any]:
         'moments': placement(state[0].mu),
         'same bits': same(alone, spread),
         'read': sum(read.values()),
-        'logits': relative(logits, apply(alone, images)),
+        'logits': relative(logits, expected_logits),
+        'bfloat16': [relative(half(*where), expected_logits) for where in ((spread, batch[0]), (alone, images))],
         'step': max(jax.tree.leaves(jax.tree.map(relative, trained, expected))),
         'exchanged': {
             kind: re.findall(rf'f64\[([\d,]+)\]\S* {kind}\(', compiled)

@@ -4,6 +4,7 @@ They come from the package index. Where that is out of reach the test is skipped
 """
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -44,20 +45,22 @@ def chunks_of_queries_take_a_quarter_of_the_memory(memory: Any) -> None:
 
 
 def what_the_devices_exchange(name: str, lines: list[str]) -> None:
-    """As sharding.py says: to_qkv's activations are gathered, three products summed, and DeepViT's maps twice."""
+    """As many bytes as sharding.py says; how a compiler joins or cuts them is its own affair, but nothing is moved."""
     tokens = 196 + (name == 'DeepViT')
-    gathered = [line for line in lines if ' all-gather' in line]
-    assert len(gathered) == 1
-    assert f'bf16[32,{tokens},2304]' in gathered[0]
-    summed = [line for line in lines if re.search(r'= bf16\[32,19[67],768\]\S* all-reduce', line)]
-    assert len(summed) == 3  # after the patch projection, to_out and the feed-forward
-    of_maps = [line for line in lines if re.search(rf'\[32,(\d+,)?{tokens},{tokens}\]', line)]
-    if name == 'SimpleViT':
-        assert not of_maps
-    else:  # their mixture (a TPU's compiler cuts it into other shapes) and the mean of its squares, all heads' in one
-        assert sum(bool(re.search(r'= f32\[32,197,197\]\S* all-reduce', line)) for line in of_maps) == 1
-        assert all(' all-reduce' in line or ' reduce-scatter' in line for line in of_maps)
+    activations = 32 * tokens * 768 * 2  # of a device's images, in bfloat16
+    # to_qkv's, three times as wide, are gathered; the patch projection's, to_out's and the feed-forward's are summed
+    least = 6 * activations
+    expected: float = least
+    if name == 'DeepViT':  # the sum that mixes the maps, which a TPU pads by a third, and the mean of its squares
+        expected += 32 * 12 * tokens**2 * 2 * 4 / 3 + 32 * tokens**2 * 4
+    assert least <= sum(map(largest, lines)) <= 1.02 * expected  # LayerNorm's sums of split features are small
     assert not any(' all-to-all' in line for line in lines)
+
+
+def largest(line: str) -> int:
+    """Bytes of the largest array that a line of a program names."""
+    found = re.findall(r'(?:bf|f|u)(16|32)\[([\d,]*)\]', line)
+    return max(int(bits) // 8 * math.prod(int(side) for side in shape.split(',') if side) for bits, shape in found)
 
 
 def test_a_compiler_that_cannot_be_fetched(tmp_path: pathlib.Path) -> None:
