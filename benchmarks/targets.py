@@ -85,8 +85,4 @@ def fetch(packages: tuple[str, ...], version: str, place: Path) -> None:
         ended = subprocess.run([*pip, *named], capture_output=True, text=True, check=False)
         if ended.returncode:
             raise click.ClickException(f'{" and ".join(named)} could not be fetched.\n{ended.stderr}')
-        try:
-            Path(folder, place.name).rename(place)
-        except OSError:
-            if not place.exists():  # or else another process has fetched the same
-                raise
+        Path(folder, place.name).rename(place)

@@ -1,10 +1,11 @@
-"""The benchmark of speed runs, and writes what its readers expect."""
+"""The benchmark of speed runs, is fair, and writes what its readers expect."""
 
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import click
 import jax
@@ -34,6 +35,48 @@ def test_speed(tmp_path: pathlib.Path) -> None:
         assert way['seconds'] > 0
         assert way['speed'] > 0
         assert way['memory_bytes'] > 0
+
+
+def test_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from speed import cases
+
+    on_cpu, on_gpu = (cases(quick=False, gpu=gpu) for gpu in (False, True))
+    for chosen in (on_cpu, on_gpu):
+        assert len(set(chosen)) == len(chosen)
+        forwards = [case for case in chosen if case.dtype == 'float32' and not case.training]
+        assert {(case.model, case.size) for case in forwards} == {(case.model, case.size) for case in chosen}
+        assert {1, 8} <= {case.batch for case in forwards}
+        assert all(case.dtype != 'float16' for case in chosen if case.training)
+    assert {case.dtype for case in on_gpu} - {case.dtype for case in on_cpu} == {'float16'}
+
+
+def test_a_way_that_ends_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from speed import measure
+    from ways import Case
+
+    with pytest.raises(click.ClickException, match='PyTorch eager ended before it was measured'):
+        measure(Case('SimpleViT', 'Ti/16', 1, 'no such dtype', False), rounds=1, side=1)
+
+
+def test_moments_are_there_before_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from ways import Case, eager
+
+    made: list[torch.optim.AdamW] = []
+
+    class Remembered(torch.optim.AdamW):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            made.append(self)
+
+    monkeypatch.setattr(torch.optim, 'AdamW', Remembered)
+    eager(Case('SimpleViT', 'Ti/16', 1, 'float32', True))
+    (optimizer,) = made
+    for parameter in optimizer.param_groups[0]['params']:
+        assert {'exp_avg', 'exp_avg_sq'} <= optimizer.state[parameter].keys()
+        assert parameter.grad is None
 
 
 @pytest.mark.parametrize(('one', 'other'), [('PyTorch', 'JAX'), ('JAX', 'PyTorch')])
