@@ -1,6 +1,6 @@
 """Why a part of the port differs from PyTorch: each known mistake in turn is held against what the port computed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from convert.measure import relative, size
 from convert.mistakes import Mistake, mistakes, position_mistakes, rounding_mistakes, sincos
 from convert.params import leaf
 from convert.parts import Way, owned, part_inputs, right_way, short
@@ -46,19 +47,22 @@ def causes(
     with np.errstate(all='ignore'):  # a mistake may well overflow
         way = right_way(model, tensors, part)
         inputs = part_inputs(way, image, truth, part)
-        known = list(mistakes(way, part, len(truth[part])))
-        found, ours = wrong_parameters(way, part, known, variables or {})
+
+        def known() -> Iterator[Mistake]:
+            """Anew each time: of a large model all mistakes' tensors together are many gigabytes."""
+            return mistakes(way, part, len(truth[part]))
+
+        found, ours = wrong_parameters(way, part, known(), variables or {})
         if found:
             if any(tensor.shape != way.tensors[name].shape for name, tensor in ours.items()):
                 return found
             way = replace(way, tensors={**way.tensors, **ours})
-            known = list(mistakes(way, part, len(truth[part])))
         right = way.compute(part, inputs)
         before = error(output, right)
         if found and before <= FITS:
             return found
 
-        def fitting(candidates: list[Mistake]) -> list[str]:
+        def fitting(candidates: Iterable[Mistake]) -> list[str]:
             limit = min(FITS, BETTER * before)
             return [
                 f'matches {mistake.words}'
@@ -67,10 +71,12 @@ def causes(
             ]
 
         # Whoever took flax's default once did so wherever there is one.
-        defaults = [mistake for mistake in known if "flax's default" in mistake.words and 'epsilons' in mistake.fields]
-        pairs = [default.and_also(mistake) for default in defaults[:1] for mistake in known if mistake != default]
-        fit = fitting(known) or fitting(pairs) or _rounding(way, part, inputs, output, dtype)
-        return found + (fit or [f'none of the {len(known)} known mistakes fits: it is {compared(output, truth[part])}'])
+        defaults = (each for each in known() if "flax's default" in each.words and 'epsilons' in each.fields)
+        default = next(defaults, None)
+        pairs = (default.and_also(each) for each in known() if each.words != default.words) if default else ()
+        fit = fitting(known()) or fitting(pairs) or _rounding(way, part, inputs, output, dtype)
+        count = sum(1 for _ in known())
+        return found + (fit or [f'none of the {count} known mistakes fits: it is {compared(output, truth[part])}'])
 
 
 def table_causes(model: nn.Module, table: np.ndarray, limit: float) -> list[str]:
@@ -87,26 +93,28 @@ def table_causes(model: nn.Module, table: np.ndarray, limit: float) -> list[str]
 
 
 def wrong_parameters(
-    way: Way, part: str, known: Sequence[Mistake], variables: Mapping[str, Any]
+    way: Way, part: str, known: Iterable[Mistake], variables: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, np.ndarray]]:
     """In words, which of the part's parameters are not the source's bit for bit; and these, by name, as the port's."""
     wrong: dict[str, np.ndarray] = {}
-    reasons: dict[str, list[str]] = {}
+    dtypes: dict[str, Any] = {}
     for path, array in flatten_dict(variables.get('params', {})).items():
         rule = leaf(path, np.ndim(array))
-        if not rule.name.startswith(owned(part)) or rule.name not in way.tensors:
-            continue
-        array = rule.to_torch(np.asarray(array))
-        ours, theirs = np.asarray(array, np.float64), way.tensors[rule.name]
-        if np.array_equal(ours, theirs, equal_nan=True):
-            continue
-        wrong[rule.name] = ours
-        errors = {each.words: error(ours, each.tensors[rule.name]) for each in known if rule.name in each.tensors}
-        last_place = 2 * float(ml_dtypes.finfo(array.dtype).eps)  # what the port's own dtype may have rounded besides
-        fit = [words for words, rest in errors.items() if rest == 0]
-        fit = fit or [words for words, rest in errors.items() if rest <= last_place]
-        reason = f'matches {" or ".join(fit)}' if fit else compared(ours, theirs)
-        reasons.setdefault(reason, []).append(rule.name)
+        if rule.name.startswith(owned(part)) and rule.name in way.tensors:
+            ours = np.asarray(rule.to_torch(np.asarray(array)), np.float64)
+            if not np.array_equal(ours, way.tensors[rule.name], equal_nan=True):
+                wrong[rule.name], dtypes[rule.name] = ours, array.dtype
+    errors: dict[str, dict[str, float]] = {name: {} for name in wrong}
+    for each in known if wrong else ():
+        for name in wrong.keys() & each.tensors.keys():
+            errors[name][each.words] = error(wrong[name], each.tensors[name])
+    reasons: dict[str, list[str]] = {}
+    for name, ours in wrong.items():
+        last_place = 2 * float(ml_dtypes.finfo(dtypes[name]).eps)  # what the port's own dtype may have rounded besides
+        fit = [words for words, rest in errors[name].items() if rest == 0]
+        fit = fit or [words for words, rest in errors[name].items() if rest <= last_place]
+        reason = f'matches {" or ".join(fit)}' if fit else compared(ours, way.tensors[name])
+        reasons.setdefault(reason, []).append(name)
     lines = []
     for reason, names in reasons.items():
         called = [short(name, part) for name in names]
@@ -157,14 +165,9 @@ def compared(ours: np.ndarray, theirs: np.ndarray) -> str:
 
 def error(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The largest difference, relative to the largest number."""
-    return difference(ours, theirs) / (float(np.abs(theirs).max()) or 1.0)
+    return relative(difference(ours, theirs), float(np.abs(theirs).max()))
 
 
 def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     """The largest; infinite where the shapes differ."""
     return float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else np.inf
-
-
-def size(x: np.ndarray) -> float:
-    """The root mean square."""
-    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))

@@ -101,7 +101,9 @@ def verify_checkpoint(
     if is_converted(source):
         row = outputs.recheck(Path(source))
         show_rows([row], 'float32')
-        out.print(verdict(row.right))
+        out.print(
+            verdict(row.right, f'the Flax model {"computes" if row.right else "does not compute"} what PyTorch does.')
+        )
         return row.right
     for target in filter(None, (page, data)):
         report.check_target(target, page=target == page)

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from convert.console import err, out
 from convert.conversion import Inspection
+from convert.measure import Row
 from convert.outputs import Comparison
-from convert.parity import Report, Row
+from convert.parity import Report
 from flax_vit.layers import COMPUTATION
 
 
@@ -76,14 +77,9 @@ def show_report(report: Report) -> None:
         difference, limit = report.table
         out.print(f"sincos table: at most {difference:.1e} from PyTorch's own on this machine (limit {limit:.1e})")
     out.print(f'same prediction in {report.dtype}: {report.agreement:.2%} of {report.images} images')
-    if report.right:
-        out.print(verdict(report.right))
-    else:
-        wrong = [row for row in report.rows + report.gradients if not row.right]
-        first = f'{wrong[0].label}, most at {list(wrong[0].worst)}' if wrong else 'the sincos table'
-        out.print(f'[red]WRONG[/]: the two part first at: {first}')
-        for cause in report.causes:
-            out.print(escape(f'  {cause}'))
+    out.print(verdict(report.right, report.verdict))
+    for cause in report.causes:
+        out.print(escape(f'  {cause}'))
     out.print(f'[dim]A port is {report.criterion}[/]')
 
 
@@ -94,16 +90,15 @@ def show_comparison(comparison: Comparison) -> None:
         f'{comparison.limit:.1e}'
     )
     out.print(f'same prediction: {comparison.agreement:.2%} of {comparison.images} images')
-    out.print(verdict(comparison.right))
+    words = 'computes' if comparison.right else 'does not compute'
+    out.print(verdict(comparison.right, f'the Flax model {words} what gave the saved outputs.'))
     for cause in comparison.causes:
         out.print(escape(f'  {cause}'))
 
 
-def verdict(right: bool) -> str:
-    """In a word and a sentence."""
-    if right:
-        return '[green]RIGHT[/]: the Flax model computes what PyTorch does.'
-    return '[red]WRONG[/]: the Flax model does not compute what PyTorch does.'
+def verdict(right: bool, words: str) -> str:
+    """The verdict in a word, coloured, and its sentence."""
+    return f'{"[green]RIGHT[/]" if right else "[red]WRONG[/]"}: {escape(words)}'
 
 
 def show_rows(rows: list[Row], dtype: str) -> None:

@@ -20,6 +20,7 @@ from flax_vit import SimpleViT
 from flax_vit.layers import pair
 
 HIGHEST = "set precision='highest'"
+MAPS = 2**26  # numbers of attention maps that are held to try other heads
 
 
 @dataclass(frozen=True)
@@ -136,11 +137,9 @@ def _mistakes_of_attention(way: Way, tensors: Mapping[str, np.ndarray], part: st
     yield Mistake('if the heads are joined by a reshape without moving their axis', {'join': 'reshape'})
 
     scales = {'without the scale': 1.0, 'with the scale 1 / dim_head': 1 / dim_head}
-    scales |= {f'with the scale {size}**-0.5 (dim) instead of {dim_head}**-0.5': size**-0.5 for size in {qkv.shape[1]}}
-    scales |= {
-        f'with the scale {size}**-0.5 (heads x dim_head) instead of {dim_head}**-0.5': size**-0.5
-        for size in {inner_dim} - {qkv.shape[1]}
-    }
+    scales |= {f'with the scale {qkv.shape[1]}**-0.5 (dim) instead of {dim_head}**-0.5': qkv.shape[1] ** -0.5}
+    if inner_dim != qkv.shape[1]:
+        scales[f'with the scale {inner_dim}**-0.5 (heads x dim_head) instead of {dim_head}**-0.5'] = inner_dim**-0.5
     for words, scale in scales.items():
         # as good as the wrong scale: queries that are larger by as much
         factors = np.where(np.arange(3 * inner_dim) < inner_dim, scale * dim_head**0.5, 1.0)
@@ -149,7 +148,7 @@ def _mistakes_of_attention(way: Way, tensors: Mapping[str, np.ndarray], part: st
     yield Mistake('with the softmax over heads instead of keys', {'softmax_axis': 0})
     if f'{part}.reattn_weights' not in tensors:
         for heads in range(1, inner_dim + 1):
-            if inner_dim % heads == 0 and heads != way.heads:
+            if inner_dim % heads == 0 and heads != way.heads and heads * tokens**2 <= MAPS:
                 yield Mistake(f'if heads={heads} instead of {way.heads}', {'heads': heads})
         return
     identity = {f'{part}.reattn_weights': np.eye(way.heads)}

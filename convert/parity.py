@@ -1,8 +1,8 @@
 """The parity report: PyTorch and Flax side by side on the same images, part by part."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,67 +12,23 @@ from flax.traverse_util import flatten_dict
 
 from convert.causes import causes, table_causes
 from convert.conversion import Inspection, inspect, place
-from convert.params import leaf, torch_module_name
-from convert.reference import table_difference, torch_gradients, torch_module, torch_outputs
+from convert.errors import ConversionError
+from convert.fields import Field
+from convert.flax_side import FlaxSide
+from convert.measure import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, SMALLEST, Row, Sides, compare, moved, settled
+from convert.params import differences, leaf
+from convert.torch_side import TorchSide, table_difference
 from flax_vit import DeepViT, SimpleViT
-from flax_vit.layers import pair
+from flax_vit.layers import floating_dtype, pair
+from flax_vit.parameters import check_variables
 from flax_vit.stacking import unstack_layers
-
-OUTPUT_LIMIT = 1e-12  # of float64: rounding over the depth of a model; the mildest slip known is at 1e-5
-GRADIENT_LIMIT = 1e-11  # of float64: the way back adds as many roundings again, and sums over the batch
-RATIO = 3.0  # times PyTorch's own rounding error
-USUAL_RATIO = 1.5  # what most right ports stay below; the largest measured are in docs/proof.md
-FALSE_ALARMS = 1e-6  # how often chance may call a part of a right port wrong
-# Half a unit in the last place of each dtype: below it nothing is left to compare.
-FLOOR = {'float32': 2.0**-24, 'bfloat16': 2.0**-9, 'float16': 2.0**-12}
-# A gradient that is by nature zero (of what a norm removes) is rounding noise, a few 1e-15 of the largest gradient,
-# which must stay below the limit: errors are taken relative to at least this share of the largest.
-SMALLEST = 1e-3
-
-
-@dataclass(frozen=True)
-class Row:
-    """How far one part of the port is from PyTorch. Errors are relative."""
-
-    name: str  # PyTorch's: 'transformer.layers.3.0'; '' for the whole; a parameter's for its gradient
-    label: str
-    exact: float  # the largest difference of the two in float64
-    worst: tuple[int, ...]  # where that is
-    port: float  # root mean square error in the compared dtype against PyTorch in float64
-    torch: float  # PyTorch's own
-    limit: float  # of `exact`
-    ratio_limit: float
-    floor: float  # of `port`, below which its ratio does not matter
-
-    @property
-    def ratio(self) -> float:
-        """The port's error as a multiple of PyTorch's."""
-        return self.port / self.torch if self.torch else float('inf') if self.port else 0.0
-
-    @property
-    def port_limit(self) -> float:
-        """What `port` may be."""
-        return max(self.ratio_limit * self.torch, self.floor)
-
-    @property
-    def right(self) -> bool:
-        return self.exact <= self.limit and self.port <= self.port_limit
-
-
-class Sides(NamedTuple):
-    """The same output of all that is compared, as float64."""
-
-    truth: np.ndarray  # PyTorch's in float64
-    torch: np.ndarray  # PyTorch's in the compared dtype
-    exact: np.ndarray  # the port's in float64
-    port: np.ndarray  # the port's in the compared dtype
 
 
 @dataclass(frozen=True)
 class Report:
     """What was compared, and whether the port is right."""
 
-    inspection: Inspection
+    inspection: Inspection  # a field that nobody gave and the weights don't tell is 'assumed'
     dtype: str
     images: int
     rows: list[Row]
@@ -85,6 +41,7 @@ class Report:
     seed: int | None  # of random images; None where images were given
     causes: list[str]  # why the first wrong part is wrong, in words; empty when all outputs are right
     attention: Mapping[str, tuple[np.ndarray, np.ndarray]]  # of one image: PyTorch's map and the port's, when asked for
+    rounded: str  # 'bfloat16' where the converted parameters are the source's rounded to it, and both sides have them
 
     @property
     def criterion(self) -> str:
@@ -94,24 +51,60 @@ class Report:
         if self.dtype != 'float64':
             text += (
                 f', and in {self.dtype} the Flax model is at most {RATIO:.0f} times as far from the float64 truth as '
-                'PyTorch itself (more for a part of fewer than 52 numbers, where chance weighs in)'
+                'PyTorch itself, in one of as many runs as it takes to rule out chance'
             )
         return f'{text}. All relative to the size of what is compared.'
 
     @property
+    def table_right(self) -> bool:
+        return self.table is None or self.table[0] <= self.table[1]
+
+    @property
     def right(self) -> bool:
-        table_right = self.table is None or self.table[0] <= self.table[1]
-        return table_right and all(row.right for row in self.rows + self.gradients)
+        return self.table_right and all(row.right for row in self.rows + self.gradients)
+
+    @property
+    def runs(self) -> int:
+        """How often both sides ran in `dtype`."""
+        return self.rows[0].runs
+
+    @property
+    def first(self) -> Row | None:
+        """The first part that is wrong; None where all are right, or only the sincos table is not."""
+        wrong = [row for row in self.rows + self.gradients if not row.right]
+        return next((row for row in wrong if not row.same_function), wrong[0] if wrong else None)
+
+    @property
+    def verdict(self) -> str:
+        """In a sentence, after RIGHT or WRONG."""
+        if self.first is None:
+            if not self.table_right:
+                return 'the sincos table is not that of PyTorch.'
+            weights = f', with the parameters rounded to {self.rounded}' if self.rounded else ''
+            if not self.inspection.assumptions:
+                return f'the Flax model computes what PyTorch does{weights}.'
+            return (
+                f'the Flax model computes what PyTorch does{weights}, if {self.inspection.assumptions}: both sides '
+                'take that from the conversion, and the weights cannot tell. Give what you know as arguments, or '
+                'compare with outputs of your own model (--reference).'
+            )
+        if self.first.same_function and self.table_right:
+            return (
+                f'the same function, computed too coarsely: in float64 both agree, but in {self.dtype} '
+                f'{self.first.label} is {self.first.ratio:.3g} times as far from the truth as PyTorch, at best of '
+                f'{self.runs} run{"s" if self.runs > 1 else ""}; rounding explains {RATIO:.0f} times.'
+            )
+        return f'the Flax model does not compute what PyTorch does. The first difference is in: {self.first.label}.'
 
 
 def verify(
     source: Any,
     *,
     converted: tuple[nn.Module, Mapping[str, Any]] | None = None,
-    images: np.ndarray | None = None,
+    images: Any = None,
     count: int = 8,
     seed: int = 0,
-    dtype: str = 'float32',
+    dtype: Any = 'float32',
     gradients: bool = False,
     attention: bool = False,
     key: str | None = None,
@@ -119,54 +112,53 @@ def verify(
 ) -> Report:
     """Run vit-pytorch's module and the Flax model on the same images, in float64 and in `dtype`; compare every block.
 
-    `source`, `key`, `overrides`: as of `inspect`. `converted`: the model and variables to verify; without them,
-    `source` is converted. `images`: (batch, height, width, channels), float32; without them, `count` random ones.
-    `gradients` adds those of every parameter, `attention` the attention maps of the image whose logits differ most. The
-    Flax model runs at the highest precision of matrix products.
-    Raises ConversionError when torch or vit-pytorch is missing.
+    Args:
+        source: As of `inspect`.
+        converted: The model and variables to verify; without them, `source` is converted. Where neither the weights nor
+            `overrides` tell a field, both sides have the converted model's. Where its parameters have another dtype
+            than the source's, PyTorch's are rounded to it as well.
+        images: Floating-point numbers (batch, height, width, channels) or (batch, channels, height, width).
+        count: Without `images`, so many random ones are drawn,
+        seed: from this seed.
+        dtype: What is compared beside float64, the name or the type: 'float32', 'bfloat16' or 'float16'.
+        gradients: Whether those of every parameter are compared, too.
+        attention: Whether to keep the attention maps of the image whose logits differ most.
+        key: As of `inspect`,
+        **overrides: and likewise.
+
+    The Flax model runs at the highest precision of matrix products.
+
+    Raises:
+        ConversionError: When torch or vit-pytorch is missing, or `converted` does not fit the source.
+        ValueError: For images that don't fit, or another dtype.
     """
-    inspection = inspect(source, key=key, **overrides)
+    dtype = floating_dtype('dtype', dtype).name
+    if converted:
+        inspection = with_shared_fields(source, converted[0], key=key, **overrides)
+    else:
+        inspection = inspect(source, key=key, **overrides)
     random = np.random.default_rng(seed)
     given = images is not None
-    if images is None:
+    if given:
+        images = channels_last(inspection.model, images)
+    else:
         shape = (count, *pair(inspection.model.image_size), inspection.model.channels)
         images = random.standard_normal(shape, np.float32)
     with jax.enable_x64(True):
         model, variables = converted or (inspection.model, place(inspection))
         if model.scan_layers:  # for blocks that have a name each
             model, variables = model.clone(scan_layers=False), unstack_layers(variables)
+        tensors, rounded = tensors_as_converted(inspection, model, variables)
         parts = labels(inspection.model)
-        runs = (
-            lambda dtype: torch_outputs(torch_module(inspection, dtype), images, list(parts)),
-            lambda dtype: flax_outputs(model, variables, dtype, images, list(parts)),
-        )
-        exact = [run('float64') for run in runs]
-        rounded = exact if dtype == 'float64' else [run(dtype) for run in runs]
-        outputs = [exact[0], rounded[0], exact[1], rounded[1]]
-        rows = [
-            compare(name, label, OUTPUT_LIMIT, dtype, *(each[name] for each in outputs))
-            for name, label in parts.items()
-        ]
-        gradient_rows = []
-        if gradients:
-            weights = random.standard_normal(outputs[0][''].shape)
-            sides = [
-                torch_gradients(torch_module(inspection, 'float64'), images, weights),
-                torch_gradients(torch_module(inspection, dtype), images, weights),
-                flax_gradients(model, variables, 'float64', images, weights),
-                flax_gradients(model, variables, dtype, images, weights),
-            ]
-            scale = SMALLEST * max(np.abs(gradient).max() for gradient in sides[0].values())
-            gradient_rows = [
-                compare(
-                    name, f'gradient of {name}', GRADIENT_LIMIT, dtype, *(side[name] for side in sides), scale=scale
-                )
-                for name in sides[0]
-            ]
+        torch, flax = TorchSide(inspection, tensors), FlaxSide(model, variables)
+        outputs_shape = len(images), model.num_classes or model.dim
+        weights = random.standard_normal(outputs_shape) if gradients else None
+        outputs, rows = measured(torch, flax, parts, images, weights, dtype)
+        rows, gradient_rows = rows[: len(parts)], rows[len(parts) :]
         worst = images[rows[-1].worst[0]][None]
-        why = explain(inspection, model, variables, dtype, images, rows, outputs)
-        maps = attention_maps(inspection, model, variables, worst) if attention else {}
-    predictions = outputs[3][''].argmax(axis=-1)
+        why = explain(inspection, tensors, model, variables, dtype, images, rows, outputs)
+        maps = attention_maps(torch, flax, worst) if attention else {}
+    predictions = outputs[''].port.argmax(axis=-1)
     return Report(
         inspection,
         dtype,
@@ -175,13 +167,114 @@ def verify(
         gradient_rows,
         table=table_difference(model) if isinstance(model, SimpleViT) else None,
         predictions=predictions,
-        agreement=float(np.mean(predictions == outputs[1][''].argmax(axis=-1))),
-        logits=Sides(*(each[''] for each in outputs)),
+        agreement=float(np.mean(predictions == outputs[''].torch.argmax(axis=-1))),
+        logits=outputs[''],
         inputs=images,
         seed=None if given else seed,
         causes=why,
         attention=maps,
+        rounded=rounded,
     )
+
+
+def measured(
+    torch: TorchSide,
+    flax: FlaxSide,
+    parts: Mapping[str, str],
+    images: np.ndarray,
+    weights: np.ndarray | None,
+    dtype: str,
+) -> tuple[dict[str, Sides], list[Row]]:
+    """The outputs of the parts, and a row for each, and for each gradient of the sum of weights x logits."""
+
+    def sides(run: str, images: np.ndarray, argument: Any, exact: bool) -> dict[str, Sides]:
+        """Outputs or gradients of both; the port's in float64 only if `exact`, else PyTorch's for it."""
+        truth = getattr(torch, run)('float64', images, argument)
+        port = getattr(flax, run)('float64', images, argument) if exact else truth
+        theirs = truth if dtype == 'float64' else getattr(torch, run)(dtype, images, argument)
+        ours = port if dtype == 'float64' else getattr(flax, run)(dtype, images, argument)
+        return {name: Sides(truth[name], theirs[name], port[name], ours[name]) for name in truth}
+
+    def measure(images: np.ndarray, weights: np.ndarray | None, exact: bool) -> tuple[dict[str, Sides], list[Row]]:
+        outputs = sides('outputs', images, list(parts), exact)
+        rows = [compare(name, label, OUTPUT_LIMIT, dtype, outputs[name]) for name, label in parts.items()]
+        if weights is not None:
+            gradients = sides('gradients', images, weights, exact)
+            scale = SMALLEST * max(np.abs(each.truth).max() for each in gradients.values())
+            rows += [
+                compare(name, f'gradient of {name}', GRADIENT_LIMIT, dtype, each, scale=scale)
+                for name, each in gradients.items()
+            ]
+        return outputs, rows
+
+    def again(run: int) -> list[Row]:
+        # the weights, too: the last biases' gradients depend on nothing else
+        return measure(moved(images, dtype, run), None if weights is None else moved(weights, dtype, run), False)[1]
+
+    outputs, rows = measure(images, weights, True)
+    return outputs, settled(rows, again)
+
+
+def with_shared_fields(source: Any, model: nn.Module, *, key: str | None, **overrides: Any) -> Inspection:
+    """The inspection of a source, with a converted model's fields where nothing else tells them: assumed, in both.
+
+    Raises ConversionError when the model is none of this source.
+    """
+    inspection = inspect(source, key=key, **overrides)
+    ours, theirs = type(model).__name__, inspection.layout.model.__name__
+    if ours != theirs:
+        raise ConversionError(f'The converted model is a {ours}, but {inspection.source} holds a {theirs}.')
+    shared = {name for name, field in inspection.fields.items() if field.how in {'unknown', 'assumed'}}
+    inspection = inspect(source, key=key, **overrides, **{name: getattr(model, name) for name in shared})
+    fields = {
+        name: Field(field.value, 'assumed', 'as the converted model has it') if name in shared else field
+        for name, field in inspection.fields.items()
+    }
+    return replace(inspection, fields=fields)
+
+
+def tensors_as_converted(
+    inspection: Inspection, model: nn.Module, variables: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], str]:
+    """The source's tensors by today's names, in the dtypes that the converted parameters have; and which these are.
+
+    Empty where no tensor is rounded. Raises ConversionError when the variables are not of the source's shapes, and
+    ValueError when they are none of the model.
+    """
+    check_variables(model, variables)
+    rules = {leaf(path, array.ndim): array for path, array in flatten_dict(variables['params']).items()}
+    ours = {
+        rule.name: jax.ShapeDtypeStruct(rule.torch_shape(array.shape), array.dtype) for rule, array in rules.items()
+    }
+    tensors = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}
+    problems = differences(
+        {name: tensor.shape for name, tensor in tensors.items()}, {name: array.shape for name, array in ours.items()}
+    )
+    if problems:
+        raise ConversionError(
+            f'The converted model is none of {inspection.source}; was it converted with other fields, '
+            'or is it of another file? What the source has (-) and the model (+):\n' + '\n'.join(problems)
+        )
+    rounded = set()
+    for name, tensor in tensors.items():
+        if jnp.promote_types(ours[name].dtype, tensor.dtype) != ours[name].dtype:
+            tensors[name] = np.asarray(jnp.asarray(tensor, ours[name].dtype))
+            rounded.add(ours[name].dtype.name)
+    return tensors, ' and '.join(sorted(rounded))
+
+
+def channels_last(model: nn.Module, images: Any) -> np.ndarray:
+    """Images of either order of axes as (batch, height, width, channels), in float32 or float64.
+
+    Raises ValueError when they don't fit the model.
+    """
+    images = np.asarray(images)
+    jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(images.shape, images.dtype))
+    size, channels = pair(model.image_size), model.channels
+    turned = images.shape[1:3] != size and images.shape[2:4] == size  # where both orders fit, channels are last
+    if images.shape[3] != channels or (images.shape[1] == channels and turned):
+        images = np.moveaxis(images, 1, 3)
+    return np.ascontiguousarray(images, np.promote_types(images.dtype, np.float32))
 
 
 def labels(model: nn.Module) -> dict[str, str]:
@@ -195,127 +288,52 @@ def labels(model: nn.Module) -> dict[str, str]:
 
 def explain(
     inspection: Inspection,
+    tensors: Mapping[str, np.ndarray],
     model: nn.Module,
     variables: Mapping[str, Any],
     dtype: str,
     images: np.ndarray,
     rows: list[Row],
-    outputs: list[dict[str, np.ndarray]],
+    outputs: Mapping[str, Sides],
 ) -> list[str]:
-    """Why the first wrong part is wrong, on the image where it is most so. `outputs`: the fields of Sides, by name."""
-    row = next((row for row in rows if not row.right), None)
+    """Why the first wrong part is wrong, on the image where it is most so; `tensors` are the source's."""
+    row = next((row for row in rows if not row.same_function), next((row for row in rows if not row.right), None))
     if row is None:
         table = table_difference(model) if isinstance(model, SimpleViT) else (0.0, 0.0)
         found = table_causes(model, model.pos_embedding(), table[1]) if table[0] > table[1] else []
         return [f'sincos table: {cause}' for cause in found]
-    sides = Sides(*(each[row.name] for each in outputs))
+    sides = outputs[row.name]
     if not np.isfinite(sides.truth).all():
         return [f"{row.label}: PyTorch's own output is not finite; the weights or the images hold NaN or infinity"]
-    output, run_in = (sides.port, dtype) if row.exact <= row.limit else (sides.exact, 'float64')
+    output, run_in = (sides.port, dtype) if row.same_function else (sides.exact, 'float64')
     worst = np.abs(output - sides.truth).reshape(len(images), -1).max(axis=1).argmax()
-    today = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}
-    truth = {name: array[worst] for name, array in outputs[0].items()}
-    truth = {name: truth[name] for name in labels(inspection.model)}  # in computing order
-    found = causes(inspection.model, today, images[worst], truth, row.name, output[worst], variables, run_in)
+    truth = {name: outputs[name].truth[worst] for name in labels(inspection.model)}  # in computing order
+    found = causes(inspection.model, tensors, images[worst], truth, row.name, output[worst], variables, run_in)
     return [f'{row.label}: {cause}' for cause in found]
 
 
-def flax_outputs(
-    model: nn.Module, variables: Mapping[str, Any], dtype: str, images: np.ndarray, names: list[str]
-) -> dict[str, np.ndarray]:
-    """The outputs, as float64, of the parts that PyTorch calls `names`, computed in `dtype`."""
-
-    def wanted(module: nn.Module, method: str) -> bool:
-        return method == '__call__' and torch_module_name(module.path) in names
-
-    @jax.jit
-    def outputs(variables: Mapping[str, Any], images: jax.Array) -> Any:
-        exact = model.clone(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), precision='highest')
-        return exact.apply(variables, images, capture_intermediates=wanted, mutable=['intermediates'])[1]
-
-    captured = flatten_dict(outputs(*cast((variables, images), dtype))['intermediates'])
-    return {torch_module_name(path[:-1]): np.asarray(output, np.float64) for path, (output,) in captured.items()}
-
-
-def flax_gradients(
-    model: nn.Module, variables: Mapping[str, Any], dtype: str, images: np.ndarray, weights: np.ndarray
-) -> dict[str, np.ndarray]:
-    """The gradients, as float64, of the sum of weights x logits, by PyTorch's names and in its order of axes."""
-
-    @jax.jit
-    @jax.grad
-    def gradients(variables: Mapping[str, Any], images: jax.Array, weights: jax.Array) -> jax.Array:
-        exact = model.clone(dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), precision='highest')
-        logits: Any = exact.apply(variables, images)
-        return (logits * weights).sum()
-
-    flat = flatten_dict(gradients(*cast((variables, images, weights), dtype))['params'])
-    rules = {path: leaf(path, gradient.ndim) for path, gradient in flat.items()}
-    return {rule.name: rule.to_torch(np.asarray(flat[path], np.float64)) for path, rule in rules.items()}
-
-
-def attention_maps(
-    inspection: Inspection, model: nn.Module, variables: Mapping[str, Any], image: np.ndarray
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def attention_maps(torch: TorchSide, flax: FlaxSide, image: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """PyTorch's and the port's attention maps in float64, each (heads, queries, keys): first, middle and last block.
 
     `image`: (1, height, width, channels). DeepViT has two a block, before and after re-attention.
     """
     kinds = {'': ('attend', 'attend')}  # PyTorch's module that puts out the map, and ours
-    if isinstance(inspection.model, DeepViT):
+    if isinstance(flax.model, DeepViT):
         kinds = {
             ', before re-attention': ('dropout', 'attention_dropout'),
             ', after re-attention': ('reattn_norm.1', 'reattn_norm.1'),  # PyTorch's has the heads last
         }
-    depth = inspection.model.depth
+    depth = flax.model.depth
     names = {
         f'block {block}{kind}': [f'transformer.layers.{block}.0.{module}' for module in modules]
         for block in sorted({0, depth // 2, depth - 1})
         for kind, modules in kinds.items()
     }
-    theirs = torch_outputs(torch_module(inspection, 'float64'), image, [name for name, _ in names.values()])
-    whole = model.clone(query_chunk_size=None)  # for maps that are held at once
-    ours = flax_outputs(whole, variables, 'float64', image, [name for _, name in names.values()])
+    theirs = torch.outputs('float64', image, [name for name, _ in names.values()])
+    whole = FlaxSide(flax.model.clone(query_chunk_size=None), flax.variables)  # for maps that are held at once
+    ours = whole.outputs('float64', image, [name for _, name in names.values()])
 
     def heads_first(name: str, attention: np.ndarray) -> np.ndarray:
         return np.moveaxis(attention, -1, 0) if 'norm' in name else attention
 
     return {label: (heads_first(their, theirs[their][0]), ours[our][0]) for label, (their, our) in names.items()}
-
-
-def cast(tree: Any, dtype: str) -> Any:
-    """Every array of the tree in `dtype`; one program for all of them compiles sooner than one for each shape."""
-    return jax.jit(lambda tree: jax.tree.map(lambda array: jnp.asarray(array, dtype), tree))(tree)
-
-
-def compare(name: str, label: str, limit: float, dtype: str, *outputs: np.ndarray, scale: float = 0.0) -> Row:
-    """The row of an output, given PyTorch's in float64 and in `dtype`, the port's in float64 and in `dtype`.
-
-    Errors are relative to the output's size, or to `scale` where that is more.
-    """
-    truth, theirs, exact, ours = outputs
-    difference = np.abs(exact - truth)
-    worst = tuple(int(index) for index in np.unravel_index(difference.argmax(), difference.shape))
-    largest, mean_square = max(np.abs(truth).max(), scale), max(np.sqrt(np.mean(truth**2)), scale)
-    return Row(
-        name,
-        label,
-        exact=float(difference[worst] / largest),
-        worst=worst,
-        port=float(np.sqrt(np.mean((ours - truth) ** 2)) / mean_square),
-        torch=float(np.sqrt(np.mean((theirs - truth) ** 2)) / mean_square),
-        limit=limit,
-        ratio_limit=ratio_limit(truth.size),
-        floor=FLOOR.get(dtype, limit),
-    )
-
-
-def ratio_limit(numbers: int) -> float:
-    """What the root mean square of the port's errors over that of PyTorch's may be, each taken from so many numbers.
-
-    `RATIO`, but of few numbers the ratio is itself uncertain: its square, over that of the true ratio, has the F
-    distribution. From 51 numbers down chance would too often lift a right port's ratio above `RATIO`.
-    """
-    from scipy.special import fdtri
-
-    return max(RATIO, USUAL_RATIO * float(fdtri(numbers, numbers, 1 - FALSE_ALARMS)) ** 0.5)

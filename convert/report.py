@@ -15,7 +15,8 @@ import jax
 
 from convert.conversion import provenance
 from convert.errors import ConversionError
-from convert.parity import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, Report, Row
+from convert.measure import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, Row
+from convert.parity import Report
 from flax_vit.folder import appearing_whole, read_config
 from flax_vit.layers import COMPUTATION
 
@@ -80,19 +81,20 @@ def figures_of(
     - limits: float64, gradients, ratio
     - source: name, files {name: sha256}, format, key, layout {id, wrote it}, dtypes, parameters, tensors,
       fields {name: {value, how, why}}, left aside {group: what}
+    - rounded: null, or the dtype of the converted parameters that both sides are rounded to
     - converted: null, or the folder that was verified: folder, weights, sha256
-    - run: dtype, precision, seed (null: images were given), images, shape, from, devices, platform,
+    - run: dtype, runs in it, precision, seed (null: images were given), images, shape, from, devices, platform,
       versions {package: version}
     - parts, gradients: of each name, label, float64 (largest difference), limit, worst (its index), flax and torch
-      (errors in `dtype`, root mean square against PyTorch in float64), flax_limit, ratio, right; errors are relative
+      (errors in `dtype`, root mean square against PyTorch in float64; of several runs the smallest of Flax and the
+      largest of PyTorch), flax_limit, ratio, right; errors are relative
     - table: null, or of SimpleViT's sincos table the difference and its limit
     - predictions: null without a head; or agreement (a share), flax, torch (class indices, of each image)
     - logits: smallest, largest (of the truth); of the differences from it the largest, flax and torch
     """
     inspection = report.inspection
     source = provenance(inspection)
-    wrong = [row for row in report.rows + report.gradients if not row.right]
-    first = None if report.right else wrong[0].label if wrong else 'the sincos table'
+    first = None if report.right else report.first.label if report.first else 'the sincos table'
     truth, theirs, _, ours = report.logits
     head = inspection.model.num_classes != 0
     return {
@@ -100,7 +102,7 @@ def figures_of(
         'time': datetime.now(UTC).isoformat(timespec='seconds'),
         'command': command,
         'right': report.right,
-        'verdict': f'the two part first at: {first}.' if first else 'the Flax model computes what PyTorch does.',
+        'verdict': report.verdict,
         'criterion': report.criterion,
         'first': first,
         'causes': report.causes,
@@ -116,11 +118,13 @@ def figures_of(
                 if name not in COMPUTATION
             },
         },
+        'rounded': report.rounded or None,
         'converted': _folder(converted) if converted else None,
         'run': {
             'dtype': report.dtype,
             'precision': 'highest',
             'images': report.images,
+            'runs': report.runs,
             'shape': list(report.inputs.shape),
             'seed': report.seed,
             'from': images or ('the caller' if report.seed is None else 'standard normal'),

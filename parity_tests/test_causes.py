@@ -35,7 +35,7 @@ import flax_vit.layers
 import flax_vit.simple_vit
 from convert import causes, mistakes, params, parts
 from convert.parity import Report, labels, verify
-from convert.reference import torch_module, torch_outputs
+from convert.torch_side import TorchSide
 from flax_vit import SimpleViT
 
 EPSILON = "with a LayerNorm epsilon of 1e-06 (flax's default) instead of 1e-05"
@@ -374,7 +374,7 @@ def test_parts_of_older_releases_and_without_head(
     source = params.to_torch(model, variables)
     inspection = convert.inspect(source, **fields, num_classes=num_classes)
     assert inspection.model.norm_after_mean == norm_after_mean
-    outputs = torch_outputs(torch_module(inspection, 'float64'), images, list(labels(model)))
+    outputs = TorchSide(inspection, source).outputs('float64', images, list(labels(model)))
     assert_parts_right(model, source, images[0], outputs)
 
 

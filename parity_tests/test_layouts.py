@@ -15,7 +15,7 @@ from reference import FLOAT64_BOUND, relative_error
 import convert
 from convert import ConversionError
 from convert.layouts import LAYOUTS, Layout, leaves, template
-from convert.reference import torch_module, torch_outputs
+from convert.torch_side import TorchSide
 from convert.unwrap import unwrap
 from flax_vit import DeepViT, SimpleViT
 
@@ -80,7 +80,9 @@ def test_verify_compares_with_what_the_release_computed(name: str) -> None:
     _, truth = golden(name)
     images = truth['images']
     last = images if images.shape[-1] == report.inspection.model.channels else images.transpose(0, 2, 3, 1)
-    outputs = torch_outputs(torch_module(report.inspection, 'float64'), last, [''])
+    inspection = report.inspection
+    tensors = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}
+    outputs = TorchSide(inspection, tensors).outputs('float64', last, [''])
     assert relative_error(outputs[''], truth['logits']) <= FLOAT64_BOUND
 
 
