@@ -1,19 +1,36 @@
 """`flax-vit`: the command line. JAX takes most of a second to import, so that only what has work to do imports it."""
 
 import os
+import platform
 import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import rich_click as click
+from click.core import ParameterSource
+from click.exceptions import Exit
 from rich.markup import escape
 
-from convert.console import err
+from convert.console import err, let_go, print_anything
 from flax_vit import __version__
 
-RIGHT, WRONG, BAD_INPUT = 0, 1, 2
+RIGHT, WRONG, BAD_INPUT, UNFORESEEN = 0, 1, 2, 3
+INTERRUPTED, NOBODY_READS = 130, 141  # as a shell says of a program that SIGINT or SIGPIPE ended
+STATUSES: tuple[tuple[type[BaseException], int], ...] = (  # the first that fits; of the rest, UNFORESEEN
+    (KeyboardInterrupt, INTERRUPTED),
+    (BrokenPipeError, NOBODY_READS),
+    (click.ClickException, BAD_INPUT),
+    (ValueError, BAD_INPUT),
+    (OSError, BAD_INPUT),
+    (MemoryError, BAD_INPUT),
+)
+
+CACHE = 'JAX_COMPILATION_CACHE_DIR'
+CACHE_BYTES = 256 << 20
 
 
 def size(_context: click.Context, _option: click.Parameter, value: str | None) -> int | tuple[int, int] | None:
@@ -56,7 +73,8 @@ def cli(debug: bool) -> None:
 
     Begin with `flax-vit demo`, or with `flax-vit inspect CHECKPOINT` on your own file.
 
-    Exit status: 0 all is right; 1 verify found the port wrong; 2 bad usage or input.
+    Exit status: 0 all is right; 1 the port is wrong, and nothing else; 2 bad usage or input, or a full disk; 3 an error
+    that was not foreseen, please report it; 130 interrupted; 141 nobody reads the output any more.
     """
     keep_compiled()
 
@@ -83,14 +101,14 @@ def inspect_command(**arguments: Any) -> None:
 @click.option(
     '--verify', 'proven', is_flag=True, help="Verify first, and keep PyTorch's outputs in OUT to check it by, anywhere."
 )
-def convert_command(**arguments: Any) -> None:
+def convert_command(**arguments: Any) -> int:
     """Convert CHECKPOINT to the folder OUT, for flax_vit.from_pretrained(OUT); no torch is needed for that.
 
     With --verify, which needs torch and vit-pytorch, `flax-vit verify OUT` later checks OUT without either.
     """
     from convert import commands
 
-    sys.exit(RIGHT if commands.convert_checkpoint(**arguments) else WRONG)
+    return RIGHT if commands.convert_checkpoint(**arguments) else WRONG
 
 
 @cli.command('verify')
@@ -117,18 +135,24 @@ def convert_command(**arguments: Any) -> None:
 @click.option(
     '--json', 'data', type=click.Path(dir_okay=False, path_type=Path), help='Write the figures, for machines.'
 )
-def verify_command(**arguments: Any) -> None:
+@click.pass_context
+def verify_command(context: click.RichContext, /, **arguments: Any) -> int:
     """Run vit-pytorch's module and the Flax model on the same images; compare every block.
 
     With OUT, the folder that `convert` wrote is what gets verified; its fields are used where none are given. Needs
     torch and vit-pytorch: pip install 'flax-vit[torch]'. The exit status is 0 when the port is right, 1 when not.
 
-    Without torch: give OUT alone, if `convert --verify` wrote it; or outputs of your own model with --reference, which
-    also tells when heads or pool were assumed wrongly.
+    Without torch: give OUT alone, if `convert --verify` wrote it; or CHECKPOINT or OUT with --reference, the outputs of
+    your own model, which also tells when heads or pool were assumed wrongly. Both take --json.
     """
     from convert import commands
 
-    sys.exit(RIGHT if commands.verify_checkpoint(**arguments) else WRONG)
+    written = {
+        parameter.name: 'OUT' if parameter.name == 'folder' else parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name and context.get_parameter_source(parameter.name) != ParameterSource.DEFAULT
+    }
+    return RIGHT if commands.verify(written, **arguments) else WRONG
 
 
 @cli.command('export')
@@ -173,37 +197,87 @@ def serve_export_command(**arguments: Any) -> None:
 
 
 @cli.command('demo')
-def demo_command() -> None:
+def demo_command() -> int:
     """Convert, verify and compare, on two models that vit-pytorch trained on handwritten digits."""
     from convert import commands
 
-    sys.exit(RIGHT if commands.run_demo() else WRONG)
+    return RIGHT if commands.run_demo() else WRONG
 
 
 def keep_compiled() -> None:
     """Have JAX, once it is imported, keep what it compiles for the next command, unless its own settings say where.
 
-    Where there is no place to keep it, every command compiles anew.
+    Where there is no place to keep it, every command compiles anew. What was not used for the longest time goes, so
+    that the place does not grow beyond `CACHE_BYTES` and what one command adds.
     """
-    if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
+    if CACHE in os.environ:
         return
-    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path('~/.cache').expanduser()) / 'flax-vit'
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):  # nobody's home is known, the disk is full or for reading alone
+        folder = Path(os.environ.get('XDG_CACHE_HOME') or Path('~/.cache').expanduser()) / 'flax-vit'
         folder.mkdir(parents=True, exist_ok=True)
-    if os.access(folder, os.W_OK):
-        os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
+        if not os.access(folder, os.W_OK):
+            return
+        trim(folder, CACHE_BYTES)
+        os.environ[CACHE] = str(folder)
         os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')  # a small model's programs, too
+        # What could not be kept, or was cut off by a full disk, is compiled anew.
+        warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache')
+
+
+def trim(folder: Path, limit: int) -> None:
+    """Remove files until those in `folder` have at most `limit` bytes, first what was not used for the longest time.
+
+    Empty ones, which a full disk leaves, would keep their program from ever being kept.
+    JAX's own limit needs a package that nothing else here does, and in jax 0.10 fails on files from before it was set.
+    """
+    files = {path: path.stat() for path in folder.rglob('*') if path.is_file()}
+    size = 0
+    for path in sorted(files, key=lambda path: -files[path].st_atime_ns):
+        size += files[path].st_size
+        if size > limit or not files[path].st_size:
+            path.unlink(missing_ok=True)  # another command may do the same
 
 
 def main() -> None:
-    """Run the command line; an error is one paragraph and exit status 2."""
+    """Run the command line; an error is one paragraph, and an exit status that `--help` explains."""
     arguments = [argument for argument in sys.argv[1:] if argument != '--debug']
     debug = len(arguments) < len(sys.argv) - 1  # it is taken anywhere, because it is thought of last
+    print_anything()
     try:
-        cli(arguments, prog_name='flax-vit')
-    except (ValueError, OSError) as error:
-        if debug:
-            raise
-        message = f'{error.filename}: {error.strerror}' if isinstance(error, OSError) and error.filename else str(error)
-        err.print('[red]Error:[/]', escape(message))
-        sys.exit(BAD_INPUT)
+        # not cli.main, which gives 1 for what says nothing about a port
+        with cli.make_context('flax-vit', arguments) as context:
+            status = cli.invoke(context) or RIGHT
+        if sys.stdout:  # it may be closed
+            sys.stdout.flush()
+    except Exit as ended:  # of --help and --version
+        status = ended.exit_code
+    except (Exception, KeyboardInterrupt) as error:
+        status = next((status for kind, status in STATUSES if isinstance(error, kind)), UNFORESEEN)
+        with suppress(OSError):  # there may be nothing to print to
+            if debug:
+                traceback.print_exc()
+            explain(error, status)
+    let_go()
+    sys.exit(status)
+
+
+def explain(error: BaseException, status: int) -> None:
+    """Say what ended a command."""
+    if status == NOBODY_READS:
+        return
+    if status == INTERRUPTED:
+        err.print('Interrupted.')
+    elif isinstance(error, click.ClickException):
+        error.show()
+    elif status == BAD_INPUT:
+        said = f'{error.filename}: {error.strerror}' if isinstance(error, OSError) and error.filename else str(error)
+        err.print('[red]Error:[/]', escape(said or 'there is not enough memory.'))
+    else:
+        from convert.versions import versions
+
+        where = ', '.join(f'{name} {version}' for name, version in versions().items())
+        err.print('[red]Not foreseen:[/]', escape(f'{type(error).__name__}: {error}'))
+        err.print(
+            'This says nothing about the port. Please report it to the authors of flax_vit: the command, what it '
+            f'prints with --debug, and these versions: {where}, {platform.platform()}.'
+        )

@@ -2,10 +2,12 @@
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 from rich.markup import escape
@@ -22,9 +24,16 @@ from convert.display import (
     track,
     verdict,
 )
+from convert.errors import ConversionError
 from convert.images import load_images
+from convert.measure import Row
+from convert.outputs import Comparison
 from flax_vit import export_serving, from_pretrained, save_pretrained
 from flax_vit.folder import read_config
+
+FIELDS = frozenset({'key', 'image_size', 'patch_size', 'heads', 'dim_head', 'pool', 'dropout', 'emb_dropout'})
+FIELDS |= {'channels', 'num_classes'}
+RUN = frozenset({'images', 'count', 'seed', 'dtype', 'gradients', 'page'})
 
 Arguments = ParamSpec('Arguments')
 Result = TypeVar('Result')
@@ -44,10 +53,15 @@ def with_float64(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
 @with_float64
 def inspect_checkpoint(source: str, **options: Any) -> None:
     """Say what `source` is."""
+    fields = given(options)
     if is_converted(source):
+        if fields:
+            raise ConversionError(
+                f'{source} is a folder that convert wrote; it tells all itself, without {flags(fields)}.'
+            )
         show_converted(read_config(source))
         return
-    inspection = conversion.inspect(source, **given(options))
+    inspection = conversion.inspect(source, **fields)
     show_inspection(inspection)
     show_plan(inspection)
 
@@ -59,9 +73,10 @@ def convert_checkpoint(source: str, folder: Path, *, proven: bool, **options: An
     inspection = conversion.inspect(source, **fields)
     variables = conversion.place(inspection, track=track)
     facts, golden = conversion.provenance(inspection), None
+    told = {name: value for name, value in fields.items() if name != 'param_dtype'}  # of the source, not of the folder
     if proven:
         with err.status('Running PyTorch and Flax, in float64 and float32 …'):
-            proof = parity.verify(source, converted=(inspection.model, variables), count=4, **fields)
+            proof = parity.verify(source, converted=(inspection.model, variables), count=4, **told)
         show_report(proof)
         if not proof.right:
             return False
@@ -69,51 +84,49 @@ def convert_checkpoint(source: str, folder: Path, *, proven: bool, **options: An
     save_pretrained(folder, inspection.model, variables, source=facts, golden=golden)
     show_inspection(inspection)
     out.print(f'[green]Converted[/] to {escape(str(folder))}')
-    out.print(f'use it:   model, variables = flax_vit.from_pretrained({escape(repr(str(folder)))})')
-    verified = [str(folder)] if proven else [source, str(folder)]
-    out.print(f'prove it: flax-vit verify {escape(shlex.join(verified))}')
+    to_copy('use it:  ', f'model, variables = flax_vit.from_pretrained({str(folder)!r})')
+    proof_of = command_line('verify', str(folder)) if proven else command_line('verify', source, str(folder), **told)
+    to_copy('prove it:', proof_of)
     return True
 
 
 @with_float64
+def verify(written: Mapping[str, str], source: str, **arguments: Any) -> bool:
+    """Compare with PyTorch, or with what it gave; whether the port is right.
+
+    `written`: how those arguments are written that were given. Raises ConversionError when this way of verifying
+    cannot use one of them.
+    """
+    way = WAYS[arguments['reference'] is not None, is_converted(source)]
+    useless = ', '.join(text for name, text in written.items() if name not in {'source', *way.takes})
+    if useless:
+        raise ConversionError(f'{way.words.format(source=source)}: {useless} would change nothing.')
+    if arguments['images'] and not arguments['gradients'] and 'seed' in written:
+        raise ConversionError('--seed is of random images: beside --images it would change nothing.')
+    for name in {'page', 'data'} & way.takes:
+        if target := arguments[name]:
+            report.check_target(target, page=name == 'page')
+    return way.run(source, **{name: arguments[name] for name in way.takes})
+
+
 def verify_checkpoint(
     source: str,
-    folder: Path | None,
     *,
+    folder: Path | None,
     images: Path | None,
     count: int,
     seed: int,
     dtype: str,
     gradients: bool,
-    reference: Path | None,
     page: Path | None,
     data: Path | None,
     **options: Any,
 ) -> bool:
-    """Compare with PyTorch, or with what it gave; whether the port is right."""
+    """Run PyTorch on the checkpoint `source`, beside the model in `folder`, or what `source` converts to."""
     fields = given(options)
-    if reference is not None:
-        images_given, saved = outputs.load_outputs(reference)
-        model, variables = load_port(source, folder, fields)
-        comparison = outputs.compare_outputs(model, variables, images_given, saved)
-        show_comparison(comparison)
-        return comparison.right
-    if is_converted(source):
-        row = outputs.recheck(Path(source))
-        show_rows([row], 'float32')
-        out.print(
-            verdict(row.right, f'the Flax model {"computes" if row.right else "does not compute"} what PyTorch does.')
-        )
-        return row.right
-    for target in filter(None, (page, data)):
-        report.check_target(target, page=target == page)
-    inspection = conversion.inspect(source, **fields)
     converted = from_pretrained(folder) if folder is not None else None
-    if converted is not None and isinstance(converted[0], inspection.layout.model):
-        open_fields = [name for name, field in inspection.fields.items() if field.how in {'unknown', 'assumed'}]
-        fields |= {name: getattr(converted[0], name) for name in open_fields}
-        inspection = conversion.inspect(source, **fields)
-    loaded = load_images(images, inspection.model, count) if images else None
+    model = converted[0] if converted else conversion.inspect(source, **fields).model
+    loaded = load_images(images, model, count) if images else None
     with err.status(f'Running PyTorch and Flax, in float64 and {dtype} …'):
         proof = parity.verify(
             source,
@@ -126,17 +139,65 @@ def verify_checkpoint(
             attention=page is not None,
             **fields,
         )
-    show_inspection(inspection)
+    show_inspection(proof.inspection)
     show_report(proof)
-    command = shlex.join(['flax-vit', *sys.argv[1:]])
-    figures = report.figures_of(proof, command=command, images=str(images) if images else None, converted=folder)
-    if data:
-        report.write_json(data, figures)
-        out.print(f'figures: {escape(str(data))}')
+    figures = report.figures_of(proof, command=this_command(), images=str(images) if images else None, converted=folder)
+    keep_figures(data, figures)
     if page:
         report.write_page(page, proof, figures)
         out.print(f'report:  {escape(str(page))}')
     return proof.right
+
+
+def verify_kept(source: str, *, data: Path | None) -> bool:
+    """Hold the folder `source` against the outputs of PyTorch that were kept there."""
+    row = outputs.recheck(Path(source))
+    show_rows([row], 'float32')
+    words = 'computes' if row.right else 'does not compute'
+    out.print(verdict(row.right, f'the Flax model {words} what PyTorch did when it was verified.'))
+    keep_figures(data, figures_of(row))
+    return row.right
+
+
+def verify_reference(source: str, *, reference: Path, data: Path | None, **options: Any) -> bool:
+    """Hold the checkpoint or folder `source` against outputs of the user's own PyTorch model."""
+    images, saved = outputs.load_outputs(reference)
+    if is_converted(source):
+        model, variables = from_pretrained(source)
+    else:
+        inspection = conversion.inspect(source, **given(options))
+        model, variables = inspection.model, conversion.place(inspection)
+    comparison = outputs.compare_outputs(model, variables, images, saved)
+    show_comparison(comparison)
+    keep_figures(data, figures_of(comparison))
+    return comparison.right
+
+
+class Way(NamedTuple):
+    """A way to verify: what is done, which arguments it takes, and why no others."""
+
+    run: Callable[..., bool]
+    takes: frozenset[str]
+    words: str
+
+
+# By whether a reference is given, and whether the source is a folder that `convert` wrote.
+WAYS = {
+    (False, False): Way(verify_checkpoint, FIELDS | RUN | {'folder', 'data'}, 'PyTorch runs on {source}'),
+    (False, True): Way(
+        verify_kept, frozenset({'data'}), '{source} is a folder that convert wrote, checked by what it keeps'
+    ),
+    (True, False): Way(
+        verify_reference,
+        FIELDS | {'reference', 'data'},
+        '{source} is held against the images and logits of --reference',
+    ),
+    (True, True): Way(
+        verify_reference,
+        frozenset({'reference', 'data'}),
+        '{source} is a folder that convert wrote, held as it is against the images and logits of --reference',
+    ),
+}
 
 
 @with_float64
@@ -177,12 +238,50 @@ def is_converted(source: str) -> bool:
     return True
 
 
-def load_port(source: str, folder: Path | None, fields: dict[str, Any]) -> tuple[Any, Any]:
-    """The model and variables of the folder, or of the source, which may be such a folder or a checkpoint."""
-    if folder is not None or is_converted(source):
-        return from_pretrained(folder or source)
-    inspection = conversion.inspect(source, **fields)
-    return inspection.model, conversion.place(inspection)
+def to_copy(label: str, text: str) -> None:
+    """Print what people copy: on one line, however narrow the terminal is."""
+    out.print(label, escape(text), soft_wrap=True)
+
+
+def command_line(command: str, *arguments: str, **options: Any) -> str:
+    """A command of ours, to be copied to a shell."""
+    words = [word for name, value in options.items() for word in (flag(name), in_words(value))]
+    dashes = ['--'] if any(argument.startswith('-') for argument in arguments) else []
+    return shlex.join(['flax-vit', command, *words, *dashes, *arguments])
+
+
+def flag(name: str) -> str:
+    """How a field is written on the command line."""
+    return f'--{name.replace("_", "-")}'
+
+
+def flags(names: Iterable[str]) -> str:
+    """Several of them."""
+    return ', '.join(map(flag, names))
+
+
+def in_words(value: Any) -> str:
+    """How its value is."""
+    return 'x'.join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def this_command() -> str:
+    """The command that runs."""
+    return shlex.join(['flax-vit', *sys.argv[1:]])
+
+
+def figures_of(result: Row | Comparison) -> dict[str, Any]:
+    """The figures of a comparison with outputs that were kept."""
+    when = datetime.now(UTC).isoformat(timespec='seconds')
+    head = {'format': 'flax_vit outputs 1', 'time': when, 'command': this_command(), 'right': result.right}
+    return head | asdict(result)
+
+
+def keep_figures(target: Path | None, figures: Mapping[str, Any]) -> None:
+    """Write them where they were asked for."""
+    if target:
+        report.write_json(target, figures)
+        out.print(f'figures: {escape(str(target))}')
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -4,19 +4,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from convert.conversion import to_torch
 from convert.errors import ConversionError
 from flax_vit import from_pretrained
 from flax_vit.folder import appearing_whole
+from flax_vit.saving import write_arrays
 
 
 def export(folder: Path, target: Path, *, layout: str | None = None, overwrite: bool = False) -> None:
     """Write the parameters in `folder` to `target`, a .safetensors or a .pt file, in vit-pytorch's names.
 
-    The file appears whole or not at all. Raises ConversionError when it exists, or has another ending, or when torch
-    is needed and missing.
+    The file appears whole or not at all.
+
+    Raises:
+        ConversionError: when `target` exists, or has another ending, or when torch is needed and missing.
+        OSError: when there is no such folder, and when the disk does not take the file.
     """
     if target.exists() and not overwrite:
         raise ConversionError(f'{target} exists; give another name, or --overwrite.')
@@ -25,7 +28,7 @@ def export(folder: Path, target: Path, *, layout: str | None = None, overwrite: 
     state_dict = to_torch(*from_pretrained(folder), layout=layout)
     with appearing_whole(target) as partial:
         if target.suffix == '.safetensors':
-            save_file(state_dict, partial, metadata={'format': 'pt'})
+            write_arrays(partial, state_dict, {'format': 'pt'})
         else:
             _save_pt(state_dict, partial)
 
@@ -44,4 +47,10 @@ def _save_pt(state_dict: dict[str, np.ndarray], path: Path) -> None:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
-    torch.save({name: tensor(array) for name, array in state_dict.items()}, path)
+    try:
+        with path.open('wb') as file:
+            torch.save({name: tensor(array) for name, array in state_dict.items()}, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # a full disk; torch speaks of positions instead
+            raise error.__context__ from None
+        raise

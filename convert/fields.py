@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from flax import linen as nn
 
 from convert.errors import ConversionError
@@ -51,17 +52,18 @@ def resolve(fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any] | None 
     fields = inferred | {name: Field(value, 'given') for name, value in given.items()}
     for name in sorted(set(given) & set(inferred)):
         if given[name] != inferred[name].value:
-            raise ConversionError(
-                f'{name}={given[name]!r} contradicts the weights: {inferred[name].why} say {inferred[name].value!r}.'
-            )
+            value, why = inferred[name].value, inferred[name].why
+            raise ConversionError(f'{name}={given[name]!r} contradicts the weights: it is {value!r} by {why}.')
     fields |= _heads(fields, fit.sizes['heads x dim_head'], defaults['dim_head'])
     fields |= _patches(fields, fit.sizes['channels x patch area'], defaults['channels'])
     fields |= _image(fields, fit.sizes.get('patches'))
     for name, default in defaults.items():
-        how: Any = 'assumed' if name in _NOT_IN_WEIGHTS else 'inferred'
-        fields.setdefault(
-            name, Field(default, how, "vit-pytorch's default" if how == 'assumed' else 'the layout of names')
-        )
+        if name in _NOT_IN_WEIGHTS:
+            fields.setdefault(name, Field(default, 'assumed', "vit-pytorch's default"))
+        elif name == 'param_dtype':  # unless all tensors have the same
+            fields.setdefault(name, Field(np.dtype(default), 'inferred', "the models' default: the tensors differ"))
+        else:
+            fields.setdefault(name, Field(default, 'inferred', 'the layout of names'))
     return {name: fields[name] for name in defaults}
 
 

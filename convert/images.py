@@ -15,7 +15,7 @@ def load_images(folder: Path, model: nn.Module, count: int) -> np.ndarray:
     """The first `count` images of a folder, by name, as `model` takes them: (count, height, width, channels), float32.
 
     They are resized, and scaled to -1 … 1: the comparison holds for any normalisation, so the training's is not needed.
-    Raises ConversionError when there are none, or when images don't have the model's number of channels.
+    Raises ConversionError when there are none, when one is damaged, and when the model's channels are not an image's.
     """
     try:
         from PIL import Image, UnidentifiedImageError
@@ -33,6 +33,8 @@ def load_images(folder: Path, model: nn.Module, count: int) -> np.ndarray:
                 arrays.append(np.asarray(image.convert(MODES[model.channels]).resize((width, height)), np.float32))
         except UnidentifiedImageError:
             continue
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ConversionError(f'{path} is damaged, or no image to be read: {error}.') from error
         if len(arrays) == count:
             break
     if not arrays:

@@ -89,8 +89,9 @@ def check_parts(module: Any) -> None:
             dim_head = part.to_qkv.out_features // 3 / heads
             if part.heads != heads or part.scale != dim_head**-0.5:
                 raise ConversionError(
-                    f'{name} has heads={part.heads} and scale={part.scale}, but of {what} every block has as many '
-                    f'heads, here {heads}, and a scale of {dim_head:g}**-0.5: another function.'
+                    f'{name} has heads={part.heads} and scale={part.scale}, but in {what} whose first block has '
+                    f'heads={heads} every block has these, and scale={dim_head**-0.5} ({dim_head:g}**-0.5): another '
+                    'function.'
                 )
     hooked = [name or 'the module' for name, part in parts.items() if part._forward_hooks or part._forward_pre_hooks]
     if hooked:

@@ -10,12 +10,15 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from convert import checkpoint
 from convert.errors import ConversionError
 from convert.flax_side import FlaxSide
 from convert.measure import FLOOR, OUTPUT_LIMIT, Row, Sides, compare, moved, relative, settled, size
 from convert.parity import Report
 from flax_vit import SimpleViT, from_pretrained
 from flax_vit.pretrained import read_golden
+
+GOLDEN = ('images', 'float64', 'float32')  # the images, and PyTorch's outputs for them in these dtypes
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,7 @@ def recheck(folder: Path) -> Row:
     The weights are those that were verified: `from_pretrained` checks their hash. Raises ConversionError when the
     folder keeps no outputs.
     """
-    golden = read_golden(folder)
-    if not golden:
-        raise ConversionError(
-            f'{folder} keeps no outputs of PyTorch to compare with. Give the checkpoint as well (flax-vit verify '
-            'CHECKPOINT OUT), or convert with --verify, which keeps them.'
-        )
+    golden = load_golden(folder)
     images = golden['images']
     with jax.enable_x64(True):
         flax = FlaxSide(*from_pretrained(folder))
@@ -63,6 +61,24 @@ def recheck(folder: Path) -> Row:
 
         row = compare('', 'logits', OUTPUT_LIMIT, 'float32', Sides(golden['float64'], golden['float32'], exact, ours))
         return settled([row], again)[0]
+
+
+def load_golden(folder: Path) -> dict[str, np.ndarray]:
+    """What `golden_of` gave, out of a folder. Raises ConversionError when it keeps nothing of the kind."""
+    golden = read_golden(folder)
+    if not golden:
+        raise ConversionError(
+            f'{folder} keeps no outputs of PyTorch to compare with. Give the checkpoint as well (flax-vit verify '
+            'CHECKPOINT OUT), or convert with --verify, which keeps them.'
+        )
+    shapes = {name: golden[name].shape if name in golden else () for name in GOLDEN}
+    images, *logits = shapes.values()
+    if len(images) != 4 or logits[0] != logits[1] or images[:1] != logits[0][:1]:
+        found = ', '.join(f'{name} {array.shape}' for name, array in golden.items())
+        raise ConversionError(
+            f'{folder} keeps {found}, and not what convert --verify does: {", ".join(GOLDEN)}, one row for each image.'
+        )
+    return golden
 
 
 def compare_outputs(
@@ -110,17 +126,20 @@ def compare_outputs(
 
 def load_outputs(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """`images` and `logits` of an .npz that was saved beside PyTorch. Raises ConversionError for any other file."""
+    needed = "numpy.savez('outputs.npz', images=images.numpy(), logits=model(images).detach().numpy())"
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-    except (ValueError, EOFError, AttributeError) as error:
-        raise ConversionError(f'{path} is not an .npz of arrays: {error}.') from error
-    if not {'images', 'logits'} <= set(found):
-        raise ConversionError(
-            f'{path} holds {", ".join(found) or "nothing"}; images and logits are needed: '
-            "numpy.savez('outputs.npz', images=images.numpy(), logits=model(images).detach().numpy())."
-        )
+        found = checkpoint.read(path).tree
+    except ConversionError as error:
+        raise ConversionError(f'The outputs should be an .npz, of {needed}. {error}') from error
+    if not isinstance(found, Mapping) or not {'images', 'logits'} <= set(found):
+        names = ', '.join(map(str, found)) if isinstance(found, Mapping) else f'a {type(found).__name__}'
+        raise ConversionError(f'{path} holds {names or "nothing"}; images and logits are needed: {needed}.')
     images, reference = found['images'], found['logits']
+    for name, array in (('images', images), ('logits', reference)):
+        if not isinstance(array, np.ndarray) or not array.ndim:
+            raise ConversionError(
+                f'{path}: {name} must be an array of numbers, not {getattr(array, "name", type(array).__name__)}.'
+            )
     if reference.ndim != 2 or len(images) != len(reference) or reference.dtype.name not in {*FLOOR, 'float64'}:
         raise ConversionError(
             f'{path}: logits must be floats (batch, classes), one row for each image; they are {reference.dtype} '

@@ -7,7 +7,6 @@ import os
 import platform
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from convert.conversion import provenance
 from convert.errors import ConversionError
 from convert.measure import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, Row
 from convert.parity import Report
+from convert.versions import versions
 from flax_vit.folder import appearing_whole, read_config
 from flax_vit.layers import COMPUTATION
 
 FORMAT = 'flax_vit report 1'
-PACKAGES = ('flax-vit', 'jax', 'jaxlib', 'flax', 'numpy', 'torch', 'vit-pytorch')
 
 
 def check_target(target: Path, *, page: bool) -> None:
@@ -130,7 +129,7 @@ def figures_of(
             'from': images or ('the caller' if report.seed is None else 'standard normal'),
             'devices': [f'{device.platform}: {device.device_kind}' for device in jax.devices()],
             'platform': f'{platform.platform()}, {platform.machine()}',
-            'versions': {'python': platform.python_version(), **_versions()},
+            'versions': versions(),
         },
         'parts': [_row(row) for row in report.rows],
         'gradients': [_row(row) for row in report.gradients],
@@ -181,16 +180,6 @@ def _folder(folder: Path) -> dict[str, str]:
     weights = read_config(folder)['weights']
     names, hashes = (', '.join(file[key] for file in weights) for key in ('file', 'sha256'))
     return {'folder': str(folder), 'weights': names, 'sha256': hashes}
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = 'not installed'
-    return versions
 
 
 def _plain(value: Any) -> Any:

@@ -97,19 +97,24 @@ def appearing_whole(target: Path) -> Iterator[Path]:
     """A path to write to; what is written appears at `target`, at once, when the block ends without an error.
 
     Others may write to `target` meanwhile: the path is nobody else's, and the last to end is seen.
-    Raises FileNotFoundError when the folder of `target` does not exist.
+    Raises FileNotFoundError when the folder of `target` does not exist, and OSError, naming `target`, when the disk is
+    full or does not take it for another reason.
     """
     if not target.parent.is_dir():
         raise FileNotFoundError(f'{target.parent} is no folder: make it first, or write to another one.')
     partial = target.with_name(f'{target.name}.{secrets.token_hex(4)}{PARTIAL}')
-    partial.touch()
-    mode = partial.stat().st_mode
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)  # safetensors would keep its files from other users
         with partial.open('rb+') as file:
             os.fsync(file.fileno())  # else the name could reach the disk before the bytes, and a power cut part them
         partial.replace(target)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(partial)):
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -147,7 +152,12 @@ def check_own(folder: Path) -> None:
     """
     names = {path.name for path in folder.iterdir()}
     own = {CONFIG, CARD} if CONFIG in names else set()
-    others = sorted(name for name in names - own if not (is_weights(name) or is_leftover(name) or name.startswith('.')))
+    others = sorted(
+        name
+        for name in names
+        if (folder / name).is_dir() or not (name in own or is_weights(name) or is_leftover(name))
+        if not name.startswith('.')
+    )
     if others:
         raise ValueError(f'{folder} holds other files ({", ".join(others[:3])}); give a new or empty folder.')
     if own:

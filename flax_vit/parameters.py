@@ -40,7 +40,7 @@ def check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
     if not isinstance(variables, Mapping) or set(variables) != {'params'}:
         found = f'a dict of {sorted(variables)}' if isinstance(variables, Mapping) else f'a {type(variables).__name__}'
         raise ValueError(f"The variables of a {name} are {{'params': …}}, not {found}.")
-    shapes = {'/'.join(path): getattr(array, 'shape', ()) for path, array in flatten_dict(variables).items()}
+    shapes = {'/'.join(map(str, path)): getattr(array, 'shape', ()) for path, array in flatten_dict(variables).items()}
     check_shapes(saved_shapes(model), shapes, f'The variables of this {name}')
 
 

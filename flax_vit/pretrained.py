@@ -67,6 +67,8 @@ def from_pretrained(
         raise ValueError('sharding_rules say how parameters are split over the devices of a mesh: give mesh, too.')
     if key is not None:
         _check_key(key)
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(f"folder must be a path, or a name on the Hugging Face Hub ('owner/name'), not {folder!r}.")
     folder = local_folder(folder, revision=revision, cache_dir=cache_dir)
     model_of(read_config(folder), overrides)  # what is wrong with them is said before large files are read
     if check is None:

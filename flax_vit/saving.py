@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -51,14 +53,17 @@ def save_pretrained(
     The configuration names the files of the weights and is replaced last, at once: whenever this is interrupted, the
     folder holds the old model or the new one. Saves of one machine into one folder wait for each other, so that none
     takes another's files for left ones (not on Windows, nor on network file systems without locks); of several
-    machines, let one save. Raises ValueError, before anything is
-    written, when the variables are not the model's or not all on this host, when something cannot be kept, and when
-    the folder holds anything else than such a model.
+    machines, let one save.
+
+    Raises:
+        ValueError: before anything is written, when the variables are not the model's or not all on this host, when
+            something cannot be kept, and when the folder holds anything else than such a model.
+        OSError: when the disk is full, or does not take the files for another reason. The old model stays as it was.
     """
     folder = Path(folder)
     check_variables(model, variables)
     arrays = {path: np.asarray(array, order='C') for path, array in _flat(model, variables).items()}
-    arrays |= _golden(golden or {})
+    arrays |= _golden({} if golden is None else golden)
     if not isinstance(max_shard_size, Real) or max_shard_size < 1:
         raise ValueError(f'max_shard_size must be a number of bytes from 1 up, not {max_shard_size!r}.')
     config = new_config(model, source)
@@ -70,27 +75,46 @@ def save_pretrained(
         check_own(folder)
         page = folder / CARD
         edited = page.exists() and not is_card(page.read_text(encoding='utf-8', errors='replace'), read_config(folder))
-        hashes = {}
-        for names in _shards({path: array.nbytes for path, array in arrays.items()}, max_shard_size):
-            new = folder / WEIGHTS.format('new')
-            with appearing_whole(new) as partial:
-                save_file({path: arrays[path] for path in names}, partial)
-            digest = sha256(new)
-            hashes[new.replace(folder / WEIGHTS.format(digest[:12])).name] = digest
-        config['weights'] = [{'file': name, 'sha256': digest} for name, digest in hashes.items()]
-        config['card'] = card_hash(card(config))
-        sync()  # what the configuration names is there
-        if not edited:
-            page.unlink(missing_ok=True)  # before the model it speaks of is replaced
-        with appearing_whole(folder / CONFIG) as partial:
-            partial.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8', newline='\n')
-        if source is not None and not edited:
-            with appearing_whole(page) as partial:
-                partial.write_text(card(config), encoding='utf-8', newline='\n')
-        sync()  # before the files go that the old one names
-        for path in folder.iterdir():
-            if is_leftover(path.name) or (is_weights(path.name) and path.name not in hashes):
-                path.unlink()
+        try:
+            for names in _shards({path: array.nbytes for path, array in arrays.items()}, max_shard_size):
+                new = folder / WEIGHTS.format('new')
+                with appearing_whole(new) as partial:
+                    write_arrays(partial, {path: arrays[path] for path in names})
+                digest = sha256(new)
+                name = new.replace(folder / WEIGHTS.format(digest[:12])).name
+                config['weights'].append({'file': name, 'sha256': digest})
+            config['card'] = card_hash(card(config))
+            sync()  # what the configuration names is there
+            with ExitStack() as files:  # all is written before anything is replaced: the last first, as it leaves them
+                if source is not None and not edited:
+                    files.enter_context(appearing_whole(page)).write_text(card(config), encoding='utf-8', newline='\n')
+                text = json.dumps(config, indent=2, ensure_ascii=False) + '\n'
+                files.enter_context(appearing_whole(folder / CONFIG)).write_text(text, encoding='utf-8', newline='\n')
+                if not edited:
+                    page.unlink(missing_ok=True)  # before the model it speaks of is replaced
+        finally:
+            sync()  # before the files go that the old one names
+            _tidy(folder)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file. OSError when the disk does not take it, which safetensors says in words only."""
+    try:
+        save_file(dict(arrays), path, None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        code = re.search(r'\(os error (\d+)\)', str(error))
+        if not code:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+def _tidy(folder: Path) -> None:
+    """Remove the weights that the folder's configuration does not name, and what a killed save has left."""
+    config = read_config(folder) if (folder / CONFIG).exists() else {'weights': []}
+    named = {file['file'] for file in config['weights']}
+    for path in folder.iterdir():
+        if is_leftover(path.name) or (is_weights(path.name) and path.name not in named):
+            path.unlink()
 
 
 def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,6 +138,8 @@ def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
 
 def _golden(golden: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The golden arrays by the names they have in the file. ValueError for what cannot be written."""
+    if not isinstance(golden, Mapping):
+        raise ValueError(f'golden must be arrays by name, not {golden!r}.')
     arrays = {f'{GOLDEN}{name}': np.asarray(array, order='C') for name, array in golden.items()}
     try:
         save({name: np.empty(0, array.dtype) for name, array in arrays.items()})

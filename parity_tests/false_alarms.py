@@ -65,9 +65,8 @@ def results(ports: int) -> Iterator[Result]:
         configuration = BUILD[name](heads=heads, num_classes=classes, **SIZES)
         with jax.enable_x64(True):
             module = perturbed(pytorch(configuration, torch.float32), seed)
-            with torch.no_grad():
-                for parameter in module.parameters():
-                    parameter *= scale if parameter.ndim > 1 else 1
+            for parameter in module.parameters():
+                parameter.data *= scale if parameter.ndim > 1 else 1
             inspection = convert.inspect(module)
             variables = place(inspection)
             flax = sides.setdefault((name, heads), FlaxSide(inspection.model, variables))
@@ -88,7 +87,7 @@ def main() -> None:
     alarms, runs, exact = [], Counter[int](), 0.0
     for result in track(results(arguments.ports), total=arguments.ports):
         runs[result.rows[0].runs] += 1
-        exact = max([exact, *(row.exact / row.limit for row in result.rows)])
+        exact = max(exact, max(row.exact / row.limit for row in result.rows))
         if not result.right:
             alarms.append(result._replace(rows=[row for row in result.rows if not row.right][:3]))
     figures: dict[str, Any] = {

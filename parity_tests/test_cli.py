@@ -2,6 +2,9 @@
 
 import json
 import pathlib
+import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,9 +18,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from vit_pytorch import deepvit, simple_vit
 
+import convert.commands
 import convert.demo
-from convert.cli import main
-from flax_vit import DeepViT, from_pretrained
+from convert.cli import cli, main
+from flax_vit import DeepViT, from_pretrained, save_pretrained
 
 DIGITS = pathlib.Path(__file__).parents[1] / 'examples' / 'digits'
 FIELDS = ['--image-size', '8', '--patch-size', '4', '--heads', '3']
@@ -127,6 +131,9 @@ def test_verify_on_real_images(flax_vit: Run, tmp_path: pathlib.Path) -> None:
     assert (status, 'of 3 images' in printed) == (0, True)
     assert flax_vit('verify', 'deep_vit.pt', '--channels', '1', '--images', str(tmp_path))[0] == 2
     assert flax_vit('verify', 'deep_vit.pt', '--channels', '1', '--images', 'nowhere')[0] == 2
+    (folder / '0.png').write_bytes((folder / '1.png').read_bytes()[:-60])
+    status, _, complaint = flax_vit('verify', 'deep_vit.pt', '--channels', '1', '--images', str(folder))
+    assert (status, '0.png is damaged' in complaint) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -185,10 +192,37 @@ def test_own_files_and_folders_that_are_not_there(flax_vit: Run) -> None:
         assert (status, 'nowhere is no folder: make it first' in complaint) == (2, True)
 
 
-def test_debug_shows_the_traceback(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, 'argv', ['flax-vit', 'inspect', 'missing.pt', '--debug'])
-    with pytest.raises(FileNotFoundError):
-        main()
+def test_debug_shows_the_traceback(flax_vit: Run) -> None:
+    status, _, complaint = flax_vit('inspect', 'missing.pt', '--debug')
+    assert status == 2
+    for words in ('Traceback', 'FileNotFoundError', 'Error: missing.pt: No such file'):
+        assert words in complaint
+
+
+@pytest.mark.parametrize(
+    ('error', 'expected', 'words'),
+    [
+        (KeyError('images'), 3, "Not foreseen: KeyError: 'images'"),
+        (EOFError('Ran out of input'), 3, 'Not foreseen: EOFError: Ran out of input'),
+        (AssertionError(), 3, f'--debug, and these versions: python {platform.python_version()}, flax-vit '),
+        (OSError(28, 'No space left on device', 'out'), 2, 'Error: out: No space left on device\n'),
+        (ValueError('[bold] is no field'), 2, 'Error: [bold] is no field\n'),
+        (MemoryError(), 2, 'Error: there is not enough memory.\n'),
+        (KeyboardInterrupt(), 130, 'Interrupted.\n'),
+        (BrokenPipeError(), 141, ''),
+    ],
+    ids=repr,
+)
+def test_only_a_wrong_port_ends_with_1(
+    flax_vit: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, expected: int, words: str
+) -> None:
+    def fail(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(convert.commands, 'inspect_checkpoint', fail)
+    status, printed, complaint = flax_vit('inspect', 'simple_vit.pt')
+    assert (status, printed, words in complaint, complaint == '') == (expected, '', True, words == '')
+    assert 'Traceback' not in complaint
 
 
 def test_without_torch_it_says_what_to_install(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,8 +269,14 @@ def test_a_certified_folder_proves_itself(flax_vit: Run, monkeypatch: pytest.Mon
     assert '`simple_vit.pt`' in card
     assert 'Z: the Flax model computes what PyTorch does.' in card.replace('+00:00', 'Z')
     monkeypatch.setitem(sys.modules, 'vit_pytorch', None)
-    status, printed, _ = flax_vit('verify', 'out')
+    status, printed, _ = flax_vit('verify', 'out', '--json', 'figures.json')
     assert (status, 'RIGHT' in printed) == (0, True)
+    figures = json.loads(pathlib.Path('figures.json').read_text())
+    assert (figures['right'], figures['command'], 'label' in figures) == (
+        True,
+        'flax-vit verify out --json figures.json',
+        True,
+    )
     status, printed, _ = flax_vit('inspect', 'out')
     assert 'the Flax model computes what PyTorch does' in printed
     assert flax_vit('convert', 'simple_vit.pt', 'plain', *FIELDS)[0] == 0
@@ -244,10 +284,111 @@ def test_a_certified_folder_proves_itself(flax_vit: Run, monkeypatch: pytest.Mon
     assert (status, 'convert with --verify' in complaint) == (2, True)
 
 
-def test_what_is_wrong_gets_no_certificate(flax_vit: Run) -> None:
-    status, printed, _ = flax_vit('convert', 'simple_vit.pt', 'out', *FIELDS, '--verify', '--param-dtype', 'bfloat16')
-    assert (status, 'rounded to bfloat16' in ' '.join(printed.split())) == (1, True)
+def test_what_is_wrong_gets_no_certificate(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify = convert.verify
+
+    def with_other_heads(*source: Any, converted: Any, **options: Any) -> Any:
+        model, variables = converted
+        return verify(*source, converted=(model.clone(heads=4, dim_head=12), variables), **options)
+
+    monkeypatch.setattr(sys.modules['convert.parity'], 'verify', with_other_heads)
+    status, printed, _ = flax_vit('convert', 'simple_vit.pt', 'out', *FIELDS, '--verify')
+    assert (status, 'WRONG' in printed) == (1, True)
     assert not pathlib.Path('out').exists()
+
+
+FEATURES = ['deep.pt', 'out', '--num-classes', '0']
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['deep.pt', 'out'],
+        ['deep.pt', 'out', '--pool', 'mean', '--dropout', '0.1', '--verify'],
+        FEATURES,
+        [*FEATURES, '--verify'],
+        ['two.pt', 'a folder', '--key', 'model_ema'],
+        ['simple.pt', '[bold] and :smile:', '--image-size', '8x12', '--patch-size', '4', '--channels', '3'],
+        ['--heads', '3', '--', '-deep.pt', '-out'],
+    ],
+    ids=' '.join,
+)
+def test_what_is_printed_works_when_it_is_copied(flax_vit: Run, arguments: list[str]) -> None:
+    torch.manual_seed(0)
+    fields = {'patch_size': 4, 'num_classes': 3, 'dim': 16, 'depth': 1, 'heads': 3, 'mlp_dim': 8}
+    modules = [deepvit.DeepViT(image_size=8, **fields) for _ in range(2)]
+    torch.save(modules[0].state_dict(), 'deep.pt')
+    shutil.copy('deep.pt', './-deep.pt')
+    torch.save({'model': modules[0].state_dict(), 'model_ema': modules[1].state_dict()}, 'two.pt')
+    torch.save(simple_vit.SimpleViT(image_size=(8, 12), **fields).state_dict(), 'simple.pt')
+    status, printed, complaint = flax_vit('convert', *arguments)
+    assert status == 0, complaint
+    (use,) = re.findall('^use it: (.*)$', printed, re.MULTILINE)
+    (proof,) = re.findall('^prove it: (.*)$', printed, re.MULTILINE)
+    exec(use.strip(), {'flax_vit': sys.modules['flax_vit']})
+    program, *words = shlex.split(proof)
+    status, printed, complaint = flax_vit(*words)
+    assert (program, status, 'RIGHT' in printed) == ('flax-vit', 0, True), complaint
+
+
+def test_every_option_of_verify_has_its_use() -> None:
+    options = {parameter.name for parameter in cli.commands['verify'].params}
+    taken = frozenset.union(*(way.takes for way in convert.commands.WAYS.values()))
+    assert options == {'source', *taken}
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'useless'),
+    [
+        (['inspect', 'out', '--heads', '9'], '--heads'),
+        (['inspect', 'out', '--key', 'model', '--image-size', '8x8'], '--key, --image-size'),
+        (['verify', 'out', 'other'], 'OUT'),
+        (['verify', 'out', '--heads', '1', '--count', '8'], '--heads, --count'),
+        (['verify', 'out', '--gradients', '--report', 'r.html', '--json', 'r.json'], '--gradients, --report'),
+        (['verify', 'out', '--reference', 'outputs.npz', '--pool', 'mean'], '--pool'),
+        (['verify', 'deep_vit.pt', 'out', '--reference', 'outputs.npz'], 'OUT'),
+        (
+            ['verify', 'deep_vit.pt', '--reference', 'outputs.npz', '--dtype', 'float32', '--seed', '0'],
+            '--seed, --dtype',
+        ),
+        (['verify', 'deep_vit.pt', '--images', '.', '--seed', '1'], '--seed'),
+    ],
+    ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
+)
+def test_what_would_change_nothing_is_refused(flax_vit: Run, arguments: list[str], useless: str) -> None:
+    assert flax_vit('convert', 'deep_vit.pt', 'out', '--channels', '1')[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in pathlib.Path().rglob('*')}
+    status, printed, complaint = flax_vit(*arguments)
+    assert (status, printed, complaint.count('\n')) == (2, '', 1), complaint
+    named = re.findall(r'--(?!reference)[a-z-]+|OUT', complaint)
+    assert useless.split(', ') == [name for name in named if name != '--images'], complaint
+    assert {path: path.stat().st_mtime_ns for path in pathlib.Path().rglob('*')} == before
+
+
+def test_files_that_are_no_outputs(flax_vit: Run) -> None:
+    """Of a reference, and those that a folder of somebody else keeps."""
+    np.save('one.npy', np.zeros((2, 10), np.float32))
+    np.savez('whole.npz', images=np.zeros((2, 8, 8, 1), np.float32), logits=np.zeros((2, 10), np.float32))
+    pathlib.Path('cut.npz').write_bytes(pathlib.Path('whole.npz').read_bytes()[:-200])
+    np.savez('numbers.npz', images=np.float32(1), logits=np.float32(1))
+    np.savez('other.npz', pictures=np.zeros(3))
+    for name, words in (
+        ('one.npy', 'a single numpy array'),
+        ('cut.npz', "'cut.npz': "),
+        ('numbers.npz', 'images must be an array'),
+        ('other.npz', 'other.npz holds pictures; images and logits are needed'),
+    ):
+        status, _, complaint = flax_vit('verify', 'simple_vit.pt', *FIELDS, '--reference', name)
+        assert (status, words in complaint) == (2, True), complaint
+    model, variables = convert.from_torch('simple_vit.safetensors', image_size=8, patch_size=4, heads=3, channels=1)
+    kept: list[dict[str, np.ndarray]] = [
+        {'batch': np.zeros(3)},
+        {'images': np.zeros((2, 8, 8, 1)), 'float64': np.zeros((3, 10)), 'float32': np.zeros((3, 10))},
+    ]
+    for golden in kept:
+        save_pretrained('out', model, variables, golden=golden)
+        status, _, complaint = flax_vit('verify', 'out')
+        assert (status, 'and not what convert --verify does: images, float64, float32' in complaint) == (2, True)
 
 
 def test_saved_outputs_catch_wrong_heads(flax_vit: Run) -> None:
@@ -260,7 +401,10 @@ def test_saved_outputs_catch_wrong_heads(flax_vit: Run) -> None:
         np.savez('outputs.npz', images=images, logits=module(torch.from_numpy(images)).numpy())
     assert flax_vit('verify', 'simple_vit.pt', *FIELDS, '--reference', 'outputs.npz')[0] == 0
     wrong = ['--image-size', '8', '--patch-size', '4', '--heads', '4']
-    status, printed, _ = flax_vit('verify', 'simple_vit.pt', *wrong, '--reference', 'outputs.npz')
+    to_json = ['--reference', 'outputs.npz', '--json', 'figures.json']
+    status, printed, _ = flax_vit('verify', 'simple_vit.pt', *wrong, *to_json)
     assert (status, 'matches if heads=3 instead of 4' in printed) == (1, True)
+    figures = json.loads(pathlib.Path('figures.json').read_text())
+    assert (figures['right'], figures['causes']) == (False, ['matches if heads=3 instead of 4'])
     assert flax_vit('convert', 'simple_vit.pt', 'out', *wrong)[0] == 0
     assert flax_vit('verify', 'out', '--reference', 'outputs.npz')[0] == 1

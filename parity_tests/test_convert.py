@@ -132,7 +132,7 @@ def test_what_is_not_known_is_asked_for_by_name(simple: torch.nn.Module) -> None
     [
         ({'heads': 4}, r'heads=4 does not divide 21'),
         ({'heads': 3, 'dim_head': 8}, r'heads=3 x dim_head=8 is not 21'),
-        ({'dim': 32}, r'dim=32 contradicts the weights: their shapes say 16'),
+        ({'dim': 32}, r'dim=32 contradicts the weights: it is 16 by their shapes'),
         ({'depth': 3}, r'depth=3 contradicts the weights'),
         ({'num_classes': 7}, r'num_classes=7 contradicts the weights'),
         ({'channels': 3}, r'channels=3 does not divide 32'),

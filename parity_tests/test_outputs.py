@@ -71,13 +71,16 @@ def test_outputs_of_another_shape(tmp_path: pathlib.Path) -> None:
         ({'images': images}, 'holds images; images and logits are needed'),
         ({'images': images[1:], 'logits': outputs}, 'one row for each image'),
         ({'images': images, 'logits': outputs.argmax(1)}, 'logits must be floats'),
-        ({'images': images, 'logits': np.array([{}])}, 'is not an .npz of arrays'),
+        (
+            {'images': images, 'logits': np.array([{}])},
+            r'logits must be an array of numbers, not numpy\.ndarray of \|O',
+        ),
     ):
         np.savez(path, **arrays)
         with pytest.raises(ConversionError, match=message):
             load_outputs(path)
     path.write_text('images')
-    with pytest.raises(ConversionError, match=r'is not an \.npz'):
+    with pytest.raises(ConversionError, match=r'should be an \.npz, of .*no checkpoint of a known format'):
         load_outputs(path)
     np.savez(path, images=images, logits=outputs)
     assert np.array_equal(load_outputs(path)[1], outputs)

@@ -1,9 +1,11 @@
 """Folders: what save_pretrained writes, from_pretrained reads, at any moment and whatever else is there."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -86,11 +88,14 @@ def test_what_cannot_be_kept_is_refused_before_anything_is_written(tmp_path: pat
         (model, {'source': {'files': {1, 2}}}, 'source must be JSON .*set'),
         (model, {'source': '\ud800'}, 'source must be JSON'),
         (model, {'golden': {'names': np.array(['a', None])}}, 'golden must be arrays that safetensors can keep'),
+        (model, {'golden': [1]}, r'golden must be arrays by name, not \[1\]'),
         (model, {'max_shard_size': 0}, 'max_shard_size must be a number of bytes from 1 up, not 0'),
     ]
     for model, arguments, words in refused:
         with pytest.raises(ValueError, match=words):
             save_pretrained(tmp_path / 'out', model, variables, **arguments)
+    with pytest.raises(ValueError, match=r'params/0: the shape is .*, expected nothing'):
+        save_pretrained(tmp_path / 'out', model, {'params': {0: np.zeros(3)}})
     assert not (tmp_path / 'out').exists()
 
 
@@ -290,6 +295,57 @@ def test_a_save_that_fails_cleans_up(tmp_path: pathlib.Path, monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(tmp_path, MODELS['simple'], variables_of(MODELS['simple']))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_old_model_and_its_card(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever file it is that does not fit: all are written before one is replaced."""
+    folder = tmp_path / 'out'
+    saved = {name: variables_of(model) for name, model in MODELS.items()}
+    save_pretrained(folder, MODELS['simple'], saved['simple'], source={'from': 'old'})
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    refused = []
+    for room in range(99):
+        left = iter(range(room))
+
+        def limited(write: Any, left: Any = left) -> Any:
+            def writing(*arguments: Any, **more: Any) -> Any:
+                if next(left, None) is None:
+                    raise OSError(errno.ENOSPC, 'No space left on device')
+                return write(*arguments, **more)
+
+            return writing
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pathlib.Path, 'write_text', limited(pathlib.Path.write_text))
+            saving = sys.modules[save_pretrained.__module__]
+            patch.setattr(saving, 'save_file', limited(saving.save_file))
+            try:
+                save_pretrained(folder, MODELS['deep'], saved['deep'], source={'from': 'new'}, max_shard_size=9000)
+                break
+            except OSError as error:
+                refused.append((error.errno, pathlib.Path(error.filename).parent))
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert len(refused) > 4
+    assert set(refused) == {(errno.ENOSPC, folder)}
+    assert 'DeepViT' in (folder / 'README.md').read_text()
+    assert_equal(from_pretrained(folder)[1], saved['deep'])
+
+
+@pytest.mark.parametrize('name', ['README.md', 'config.json', 'model-0123456789ab.safetensors'])
+def test_folders_where_files_belong_are_left_alone(name: str, tmp_path: pathlib.Path) -> None:
+    if name == 'README.md':
+        save_pretrained(tmp_path, MODELS['simple'], variables_of(MODELS['simple']))
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=rf'holds other files \({re.escape(name)}\)'):
+        save_pretrained(tmp_path, MODELS['simple'], variables_of(MODELS['simple']))
+    assert (tmp_path / name).is_dir()
+
+
+@pytest.mark.parametrize('folder', [5, b'out', None])
+@pytest.mark.usefixtures('unchecked')
+def test_what_is_no_folder(folder: Any) -> None:
+    with pytest.raises(ValueError, match=r'folder must be a path, or a name on .*, not'):
+        from_pretrained(folder)
 
 
 def test_weights_in_several_files(tmp_path: pathlib.Path) -> None:
