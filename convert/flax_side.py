@@ -1,6 +1,7 @@
 """The port's side of the comparison: a Flax model, at the highest precision of matrix products."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from convert.params import leaf, torch_module_name
 
@@ -24,6 +25,17 @@ class FlaxSide:
         self.model, self.variables = model, variables
         self._outputs = jax.jit(self._traced_outputs, static_argnames=('dtype', 'names'))
         self._gradients = jax.jit(self._traced_gradients, static_argnames='dtype')
+
+    def moved(self, moves: Mapping[str, np.ndarray]) -> 'FlaxSide':
+        """The same model, its parameters moved by so much, by PyTorch's names and in its order of axes."""
+        flat = flatten_dict(self.variables['params'])
+        for path, array in flat.items():
+            rule = leaf(path, array.ndim)
+            if rule.name in moves:
+                flat[path] = (np.asarray(array, np.float64) + rule.to_flax(moves[rule.name])).astype(array.dtype)
+        other = copy(self)  # with what is compiled
+        other.variables = {'params': unflatten_dict(flat)}
+        return other
 
     def outputs(self, dtype: str, images: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         """The outputs of the parts that PyTorch calls `names`, '' being the whole."""

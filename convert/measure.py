@@ -1,18 +1,18 @@
-"""The measure of a port: how far it is from PyTorch in float64, and whether rounding explains how far it is in less.
+"""The measure of a port: how far it is from PyTorch in float64 and in less, and whether rounding explains that.
 
-In float64 two programs of one function differ by a few roundings: a limit decides. In fewer bits both are off, and by
-how much is a question of the computation: where it is ill-conditioned (re-attention's LayerNorm over two heads), one
+Rounding is a question of the computation: where it is ill-conditioned (re-attention's LayerNorm over two heads), one
 early rounding may be all of an output's error, and all the errors behind it are that one number again, amplified. The
 errors of two right programs are then two draws from one wide distribution, and their ratio may be anything.
 
-So the port is held against PyTorch in pairs of runs. In each pair both compute on the same images, moved by about a
-unit in the last place against those of the other pairs (as are the weights of the gradients' loss), which makes all
-roundings fall anew and leaves the computation as ill-conditioned as it is. A port's error counts as its smallest,
-PyTorch's as its largest; so more pairs can only acquit, and there are more of them only for what looks wrong. It is
-wrong when chance cannot be the reason: see `Row`.
+So the port is held against PyTorch in pairs of runs. In each pair both compute with the same images and parameters (and
+weights of the gradients' loss), which are moved by about a unit in the last place against those of the other pairs.
+That makes all roundings fall anew and leaves the computation as ill-conditioned as it is. A port's error counts as its
+smallest, PyTorch's as its largest; so more pairs can only acquit, and there are more of them only for what looks wrong.
+It is wrong when chance cannot be the reason: see `Row`.
 """
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -46,13 +46,13 @@ class Row:
 
     name: str  # PyTorch's: 'transformer.layers.3.0'; '' for the whole; a parameter's for its gradient
     label: str
-    exact: float  # the largest difference of the two in float64
+    exact: float  # the largest difference of the two in float64; of several runs the smallest
     worst: tuple[int, ...]  # where that is
     port: float  # root mean square error in the compared dtype against PyTorch in float64; of several runs the smallest
     torch: float  # PyTorch's own; of several runs the largest
     limit: float  # of `exact`
-    floor: float  # of `port`, below which its ratio does not matter
-    runs: int = 1  # of both, in the compared dtype
+    floor: float  # of `port`, below which its ratio does not matter: half a unit in the last place
+    runs: int = 1  # of both
 
     @property
     def ratio(self) -> float:
@@ -60,9 +60,30 @@ class Row:
         return relative(self.port, self.torch)
 
     @property
+    def exact_limit(self) -> float:
+        """What `exact` may be: `limit`, or what float64's rounding makes of it where the computation amplifies it.
+
+        By how much it does, PyTorch's error in the compared dtype tells, up to where it is as large as the output.
+        """
+        return max(self.limit, RATIO * min(self.torch, 1.0) * 2.0**-53 / self.floor)
+
+    @property
     def port_limit(self) -> float:
         """What `port` may be."""
         return max(RATIO * self.torch, self.floor)
+
+    @property
+    def same_function(self) -> bool:
+        return self.exact <= self.exact_limit
+
+    @property
+    def explained(self) -> bool:
+        """Whether rounding explains the error in the compared dtype."""
+        return self.port <= self.port_limit
+
+    @property
+    def right(self) -> bool:
+        return self.same_function and self.explained
 
     @property
     def chance(self) -> float:
@@ -71,30 +92,19 @@ class Row:
         The worst case is an error that is one amplified number, normally distributed in both: the ratio of two such has
         the Cauchy distribution, and exceeds r with probability 2 / pi * arctan(1 / r) < 2 / (pi * r), in each pair.
         """
-        return (2 / math.pi * relative(self.port_limit, RATIO * self.port)) ** self.runs
-
-    @property
-    def same_function(self) -> bool:
-        return self.exact <= self.limit
-
-    @property
-    def explained(self) -> bool:
-        """Whether rounding explains the error in the compared dtype so far."""
-        return self.port <= self.port_limit
-
-    @property
-    def right(self) -> bool:
-        return self.same_function and self.explained
+        reached = max(relative(self.exact, self.exact_limit), relative(self.port, self.port_limit))
+        return min(1.0, 2 / (math.pi * RATIO * reached)) ** self.runs
 
     @property
     def settled(self) -> bool:
         """Whether more runs cannot change the verdict, or chance cannot be the reason for it."""
-        return self.right or not self.same_function or self.chance <= FALSE_ALARMS
+        return self.right or self.chance <= FALSE_ALARMS
 
     def and_again(self, other: 'Row') -> 'Row':
         """With the runs of another row of this part, which may acquit it."""
         return replace(
             self,
+            exact=min(self.exact, other.exact),
             port=min(self.port, other.port),
             torch=max(self.torch, other.torch),
             runs=self.runs + other.runs,
@@ -105,7 +115,7 @@ def compare(name: str, label: str, limit: float, dtype: str, sides: Sides, *, sc
     """The row of an output in `dtype`. Errors are relative to the output's size, or to `scale` where that is more."""
     difference = np.abs(sides.exact - sides.truth)
     worst = tuple(int(index) for index in np.unravel_index(difference.argmax(), difference.shape))
-    largest, mean_square = max(np.abs(sides.truth).max(), scale), max(size(sides.truth), scale)
+    largest, mean_square = max(float(np.abs(sides.truth).max()), scale), max(size(sides.truth), scale)
     return Row(
         name,
         label,
@@ -119,17 +129,21 @@ def compare(name: str, label: str, limit: float, dtype: str, sides: Sides, *, sc
 
 
 def settled(rows: list[Row], again: Callable[[int], list[Row]]) -> list[Row]:
-    """The rows, with those of `again(run)` until no run more can change the verdict on any."""
-    while all(row.same_function for row in rows) and not all(row.settled for row in rows):
+    """The rows, with those of `again(run)` until all are right, or one is wrong and chance not the reason."""
+    while not all(row.right for row in rows) and not any(not row.right and row.settled for row in rows):
         rows = [row.and_again(other) for row, other in zip(rows, again(rows[0].runs), strict=True)]
     return rows
 
 
-def moved(numbers: np.ndarray, dtype: str, run: int) -> np.ndarray:
-    """The numbers, moved at random by up to a unit in the last place of their largest in `dtype`."""
-    unit = float(jnp.finfo(dtype).eps) * (float(np.abs(numbers).max(initial=0)) or 1.0)
-    random = np.random.default_rng([run, numbers.ndim])  # images unlike weights
-    return (numbers + unit * random.uniform(-1, 1, numbers.shape)).astype(numbers.dtype)
+def moved(numbers: np.ndarray, dtype: str, run: int, name: str = '') -> np.ndarray:
+    """The numbers, moved at random by up to a unit in the last place of their largest in `dtype`, in their own dtype.
+
+    `name` tells arrays apart that shall be moved independently.
+    """
+    exact = np.asarray(numbers, np.float64)
+    unit = float(jnp.finfo(dtype).eps) * float(np.abs(exact).max(initial=0))
+    random = np.random.default_rng([run, zlib.crc32(name.encode())])
+    return (exact + unit * random.uniform(-1, 1, exact.shape)).astype(numbers.dtype)
 
 
 def relative(error: float, to: float) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,8 @@ def recheck(folder: Path) -> Row:
             """PyTorch cannot run again: what moving the images changes stands for its rounding."""
             other = moved(images, 'float32', run)
             truth, port = (flax.outputs(dtype, other, [''])[''] for dtype in ('float64', 'float32'))
-            return [compare('', 'logits', OUTPUT_LIMIT, 'float32', Sides(truth, exact, truth, port))]
+            row = compare('', 'logits', OUTPUT_LIMIT, 'float32', Sides(truth, exact, truth, port))
+            return [replace(row, exact=math.inf)]  # float64 it cannot acquit
 
         row = compare('', 'logits', OUTPUT_LIMIT, 'float32', Sides(golden['float64'], golden['float32'], exact, ours))
         return settled([row], again)[0]

@@ -139,16 +139,16 @@ def verify(
         inspection = inspect(source, key=key, **overrides)
     random = np.random.default_rng(seed)
     given = images is not None
-    if given:
-        images = channels_last(inspection.model, images)
-    else:
-        shape = (count, *pair(inspection.model.image_size), inspection.model.channels)
-        images = random.standard_normal(shape, np.float32)
     with jax.enable_x64(True):
         model, variables = converted or (inspection.model, place(inspection))
         if model.scan_layers:  # for blocks that have a name each
             model, variables = model.clone(scan_layers=False), unstack_layers(variables)
         tensors, rounded = tensors_as_converted(inspection, model, variables)
+        if given:
+            images = channels_last(model, variables, images)
+        else:
+            shape = (count, *pair(inspection.model.image_size), inspection.model.channels)
+            images = random.standard_normal(shape, np.float32)
         parts = labels(inspection.model)
         torch, flax = TorchSide(inspection, tensors), FlaxSide(model, variables)
         outputs_shape = len(images), model.num_classes or model.dim
@@ -187,19 +187,20 @@ def measured(
 ) -> tuple[dict[str, Sides], list[Row]]:
     """The outputs of the parts, and a row for each, and for each gradient of the sum of weights x logits."""
 
-    def sides(run: str, images: np.ndarray, argument: Any, exact: bool) -> dict[str, Sides]:
-        """Outputs or gradients of both; the port's in float64 only if `exact`, else PyTorch's for it."""
-        truth = getattr(torch, run)('float64', images, argument)
-        port = getattr(flax, run)('float64', images, argument) if exact else truth
-        theirs = truth if dtype == 'float64' else getattr(torch, run)(dtype, images, argument)
-        ours = port if dtype == 'float64' else getattr(flax, run)(dtype, images, argument)
-        return {name: Sides(truth[name], theirs[name], port[name], ours[name]) for name in truth}
+    def measure(
+        torch: TorchSide, flax: FlaxSide, images: np.ndarray, weights: np.ndarray | None
+    ) -> tuple[dict[str, Sides], list[Row]]:
+        def sides(run: str, argument: Any) -> dict[str, Sides]:
+            truth, exact = (getattr(side, run)('float64', images, argument) for side in (torch, flax))
+            theirs, ours = truth, exact
+            if dtype != 'float64':
+                theirs, ours = (getattr(side, run)(dtype, images, argument) for side in (torch, flax))
+            return {name: Sides(truth[name], theirs[name], exact[name], ours[name]) for name in truth}
 
-    def measure(images: np.ndarray, weights: np.ndarray | None, exact: bool) -> tuple[dict[str, Sides], list[Row]]:
-        outputs = sides('outputs', images, list(parts), exact)
+        outputs = sides('outputs', list(parts))
         rows = [compare(name, label, OUTPUT_LIMIT, dtype, outputs[name]) for name, label in parts.items()]
         if weights is not None:
-            gradients = sides('gradients', images, weights, exact)
+            gradients = sides('gradients', weights)
             scale = SMALLEST * max(np.abs(each.truth).max() for each in gradients.values())
             rows += [
                 compare(name, f'gradient of {name}', GRADIENT_LIMIT, dtype, each, scale=scale)
@@ -208,10 +209,14 @@ def measured(
         return outputs, rows
 
     def again(run: int) -> list[Row]:
-        # the weights, too: the last biases' gradients depend on nothing else
-        return measure(moved(images, dtype, run), None if weights is None else moved(weights, dtype, run), False)[1]
+        tensors = {name: moved(tensor, dtype, run, name) for name, tensor in torch.tensors.items()}
+        moves = {name: np.subtract(tensors[name], tensor, dtype=np.float64) for name, tensor in torch.tensors.items()}
+        other = None if weights is None else moved(weights, dtype, run, 'weights')
+        return measure(
+            TorchSide(torch.inspection, tensors), flax.moved(moves), moved(images, dtype, run, 'images'), other
+        )[1]
 
-    outputs, rows = measure(images, weights, True)
+    outputs, rows = measure(torch, flax, images, weights)
     return outputs, settled(rows, again)
 
 
@@ -247,29 +252,30 @@ def tensors_as_converted(
         rule.name: jax.ShapeDtypeStruct(rule.torch_shape(array.shape), array.dtype) for rule, array in rules.items()
     }
     tensors = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}
-    problems = differences(
-        {name: tensor.shape for name, tensor in tensors.items()}, {name: array.shape for name, array in ours.items()}
-    )
-    if problems:
+    theirs, common = inspection.model, [name for name in tensors if name in ours]
+    misshapen = any(tensors[name].shape != ours[name].shape for name in common)
+    if misshapen or labels(model) != labels(theirs) or model.num_classes != theirs.num_classes:
+        shapes, found = ({name: each[name].shape for name in each} for each in (tensors, ours))
         raise ConversionError(
-            f'The converted model is none of {inspection.source}; was it converted with other fields, '
-            'or is it of another file? What the source has (-) and the model (+):\n' + '\n'.join(problems)
+            f'The converted model is none of {inspection.source}: is it of another file, or was it converted with '
+            'other fields, say num_classes=0? What only the source has (-), and only the model (+):\n'
+            + '\n'.join(differences(shapes, found))
         )
     rounded = set()
-    for name, tensor in tensors.items():
-        if jnp.promote_types(ours[name].dtype, tensor.dtype) != ours[name].dtype:
-            tensors[name] = np.asarray(jnp.asarray(tensor, ours[name].dtype))
+    for name in common:
+        if jnp.promote_types(ours[name].dtype, tensors[name].dtype) != ours[name].dtype:
+            tensors[name] = np.asarray(jnp.asarray(tensors[name], ours[name].dtype))
             rounded.add(ours[name].dtype.name)
     return tensors, ' and '.join(sorted(rounded))
 
 
-def channels_last(model: nn.Module, images: Any) -> np.ndarray:
+def channels_last(model: nn.Module, variables: Mapping[str, Any], images: Any) -> np.ndarray:
     """Images of either order of axes as (batch, height, width, channels), in float32 or float64.
 
     Raises ValueError when they don't fit the model.
     """
     images = np.asarray(images)
-    jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct(images.shape, images.dtype))
+    jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct(images.shape, images.dtype))  # raises it
     size, channels = pair(model.image_size), model.channels
     turned = images.shape[1:3] != size and images.shape[2:4] == size  # where both orders fit, channels are last
     if images.shape[3] != channels or (images.shape[1] == channels and turned):

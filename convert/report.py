@@ -161,7 +161,7 @@ def _row(row: Row) -> dict[str, Any]:
         'name': row.name,
         'label': row.label,
         'float64': row.exact,
-        'limit': row.limit,
+        'limit': row.exact_limit,
         'worst': list(row.worst),
         'flax': row.port,
         'torch': row.torch,

@@ -20,13 +20,13 @@ class TorchSide:
     """
 
     def __init__(self, inspection: Inspection, tensors: Mapping[str, np.ndarray]) -> None:
+        self.inspection, self.tensors = inspection, tensors
         self.module = cache(lambda dtype: torch_module(inspection, tensors, dtype))
 
     def outputs(self, dtype: str, images: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
         """The outputs of the named parts, '' being the whole."""
-        import torch
-
         module, outputs = self.module(dtype), {}
+        import torch
 
         def keep(name: str) -> Any:
             def hook(_module: Any, _inputs: Any, output: Any) -> None:
@@ -43,9 +43,9 @@ class TorchSide:
 
     def gradients(self, dtype: str, images: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
         """The gradients of the sum of weights x logits with respect to every parameter, by name."""
+        module = self.module(dtype)
         import torch
 
-        module = self.module(dtype)
         logits = module(_to_torch(images, dtype))
         loss = (logits * torch.from_numpy(weights).to(logits.dtype)).sum()
         names, parameters = zip(*module.named_parameters(), strict=True)

@@ -155,7 +155,7 @@ def bias_missing(port: Port) -> None:
     'matches with parameters rounded to bfloat16 (param_dtype?)'
 )
 def parameters_rounded(port: Port) -> None:
-    port.change('', lambda parameter: parameter.astype(jnp.bfloat16))
+    port.change('', lambda parameter: parameter.astype(jnp.bfloat16).astype(parameter.dtype))
 
 
 @named("block 0 attention: norm.weight: not the source's, at most … apart; PyTorch's times 1.25")

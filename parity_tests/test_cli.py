@@ -118,7 +118,7 @@ def test_verify_tells_wrong_from_right(flax_vit: Run) -> None:
     assert flax_vit('convert', 'simple_vit.pt', 'out', '--image-size', '8', '--patch-size', '4', '--heads', '4')[0] == 0
     status, printed, _ = flax_vit('verify', 'simple_vit.pt', 'out', *FIELDS, '--count', '2')
     assert status == 1
-    assert 'WRONG: the two part first at: block 0 attention' in printed
+    assert 'The first difference is in: block 0 attention' in printed
 
 
 def test_verify_on_real_images(flax_vit: Run, tmp_path: pathlib.Path) -> None:

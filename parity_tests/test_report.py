@@ -31,11 +31,12 @@ FILE, GROUP = '<img src=x onerror=alert(1)>&".pt', '<script>alert(1)</script>'
 @pytest.fixture(scope='module')
 def right(tmp_path_factory: pytest.TempPathFactory) -> convert.Report:
     torch.manual_seed(0)
-    # four heads: the gradients of the norm over two heads have two numbers each, too few to estimate rounding from
-    module = deepvit.DeepViT(image_size=8, patch_size=4, num_classes=5, dim=12, depth=1, heads=4, mlp_dim=8, dim_head=4)
+    module = deepvit.DeepViT(image_size=8, patch_size=4, num_classes=5, dim=12, depth=1, heads=2, mlp_dim=8, dim_head=4)
     path = tmp_path_factory.mktemp('right') / FILE
     torch.save({'state_dict': module.state_dict(), GROUP: 1}, path)
-    return convert.verify(path, dim_head=4, count=2, gradients=True, attention=True)
+    return convert.verify(
+        path, dim_head=4, count=2, gradients=True, attention=True, pool='cls', dropout=0.0, emb_dropout=0.0
+    )
 
 
 @pytest.fixture(scope='module')
@@ -93,7 +94,10 @@ def test_the_verdict_stands_at_the_top(reports: dict[str, convert.Report], tmp_p
     good, bad = (text_of(page_of(report, tmp_path).partition('<h2>')[0]) for report in reports.values())
     assert '✓ Right: the Flax model computes what PyTorch does.' in good
     assert 'Why they part' not in good
-    assert '✗ Wrong: the two part first at: block 0 attention.' in bad
+    assert (
+        '✗ Wrong: the Flax model does not compute what PyTorch does. The first difference is in: block 0 attention.'
+        in bad
+    )
     assert reports['wrong'].causes
     for cause in reports['wrong'].causes:
         assert cause in bad
@@ -155,7 +159,7 @@ def test_what_is_no_number_is_told(right: convert.Report, tmp_path: pathlib.Path
     assert (last['float64'], last['flax'], last['right']) == ('NaN', 'Infinity', False)
     assert math.isnan(float(figures['logits']['flax']))
     text = text_of(page_of(report, tmp_path))
-    assert '✗ Wrong: the two part first at: logits.' in text
+    assert '✗ Wrong: the Flax model does not compute what PyTorch does. The first difference is in: logits.' in text
     assert 'nan largest difference in float64, at logits' in text
 
 
