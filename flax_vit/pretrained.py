@@ -102,7 +102,8 @@ def from_pretrained(
                 f"The float64 {' and '.join(rounded)} are rounded to float32, because JAX's 64-bit mode is off; "
                 "jax.config.update('jax_enable_x64', True) keeps them."
             )
-        model = model.clone(**dict.fromkeys(wide, jnp.float32))
+        narrowed: dict[str, Any] = dict.fromkeys(wide, jnp.float32)
+        model = model.clone(**narrowed)
         if model.scan_layers:
             weights, dtypes = _joined(weights, Stacked), _joined(dtypes, _common)
         if plan.resized:

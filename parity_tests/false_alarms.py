@@ -1,10 +1,11 @@
 """How often `verify` calls a right port wrong: a thousand right ports, most of them as ill-conditioned as they come.
 
-python parity_tests/false_alarms.py [--ports 1000] [--json FILE]
+python parity_tests/false_alarms.py [--ports 1008] [--dtypes float32 …] [--json FILE]
 
-Rounding depends on the processor, so run it under several ways to round:
+Rounding depends on the processor, so run it under several ways to round (XLA has no float16 without AVX):
 
-ATEN_CPU_CAPABILITY=default XLA_FLAGS=--xla_cpu_max_isa=SSE4_2 python parity_tests/false_alarms.py
+export ATEN_CPU_CAPABILITY=default XLA_FLAGS=--xla_cpu_max_isa=SSE4_2
+python parity_tests/false_alarms.py --dtypes float32 bfloat16
 ATEN_CPU_CAPABILITY=avx2 XLA_FLAGS=--xla_cpu_max_isa=AVX2 python parity_tests/false_alarms.py
 """
 
@@ -12,7 +13,7 @@ import argparse
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -52,10 +53,10 @@ class Result(NamedTuple):
         return all(row.right for row in self.rows)
 
 
-def results(ports: int) -> Iterator[Result]:
+def results(ports: int, dtypes: Sequence[str] = DTYPES) -> Iterator[Result]:
     """The measure of so many right ports, with gradients; what is compiled once serves all of a kind."""
     kinds = [(name, heads, number) for heads in HEADS for name in BUILD for number in range(2)]
-    every = [(*kind, dtype) for kind in kinds for dtype in DTYPES]
+    every = [(*kind, dtype) for kind in kinds for dtype in dtypes]
     sides: dict[tuple[str, int], FlaxSide] = {}
     for port in range(ports):
         name, heads, number, dtype = every[port % len(every)]
@@ -83,9 +84,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument('--ports', type=int, default=1008)
     parser.add_argument('--json', type=pathlib.Path)
+    parser.add_argument('--dtypes', nargs='+', choices=DTYPES, default=DTYPES)
     arguments = parser.parse_args()
     alarms, runs, exact = [], Counter[int](), 0.0
-    for result in track(results(arguments.ports), total=arguments.ports):
+    for result in track(results(arguments.ports, arguments.dtypes), total=arguments.ports):
         runs[result.rows[0].runs] += 1
         exact = max(exact, max(row.exact / row.limit for row in result.rows))
         if not result.right:

@@ -158,7 +158,7 @@ def test_foreign_objects_are_passed_over(tmp_path: Path, protocol: int) -> None:
         'torch.device': torch.device('cpu'),
         'torch.storage.UntypedStorage': torch.ones(3).untyped_storage(),
         'numpy._core.multiarray.scalar': np.float64(0.5),
-        'pathlib.PosixPath': tmp_path,
+        f'{type(tmp_path).__module__}.PosixPath': tmp_path,  # 3.13 has its own place for it
         'collections.Counter': collections.Counter('a'),
         'torch._utils._rebuild_sparse_tensor': torch.eye(3).to_sparse(),
         'torch._utils._rebuild_meta_tensor_no_storage': torch.empty(2, device='meta'),

@@ -67,7 +67,7 @@ def test_outputs_of_another_shape(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ConversionError, match=r'saved outputs have the shape \(16, 4\), the model gives \(16, 5\)'):
         compare_outputs(model, variables, images, outputs[:, :4])
     path = tmp_path / 'outputs.npz'
-    for arrays, message in (
+    cases: list[tuple[dict[str, Any], str]] = [
         ({'images': images}, 'holds images; images and logits are needed'),
         ({'images': images[1:], 'logits': outputs}, 'one row for each image'),
         ({'images': images, 'logits': outputs.argmax(1)}, 'logits must be floats'),
@@ -75,7 +75,8 @@ def test_outputs_of_another_shape(tmp_path: pathlib.Path) -> None:
             {'images': images, 'logits': np.array([{}])},
             r'logits must be an array of numbers, not numpy\.ndarray of \|O',
         ),
-    ):
+    ]
+    for arrays, message in cases:
         np.savez(path, **arrays)
         with pytest.raises(ConversionError, match=message):
             load_outputs(path)

@@ -145,10 +145,15 @@ def trained(**fields: Any) -> tuple[Any, set[bytes], float]:
     model = plain.clone(**fields)
     masks: list[np.ndarray] = []
 
+    def see(left: np.ndarray) -> np.ndarray:
+        masks.append(np.asarray(left))
+        return np.zeros((), np.float32)
+
     def look(call: Any, arguments: Any, keywords: Any, context: nn.module.InterceptorContext) -> Any:
         result = call(*arguments, **keywords)
         if (context.module.name, context.method_name) == ('attention_dropout', '__call__'):
-            jax.debug.callback(lambda left: masks.append(np.asarray(left)), result != 0)
+            # adds a zero that comes from a look: linen's scan takes pure calls alone, in every version of JAX
+            result += jax.pure_callback(see, jax.ShapeDtypeStruct((), result.dtype), result != 0)
         return result
 
     @partial(jax.jit, compiler_options=QUICK)
