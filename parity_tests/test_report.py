@@ -34,9 +34,8 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> convert.Report:
     module = deepvit.DeepViT(image_size=8, patch_size=4, num_classes=5, dim=12, depth=1, heads=2, mlp_dim=8, dim_head=4)
     path = tmp_path_factory.mktemp('right') / FILE
     torch.save({'state_dict': module.state_dict(), GROUP: 1}, path)
-    return convert.verify(
-        path, dim_head=4, count=2, gradients=True, attention=True, pool='cls', dropout=0.0, emb_dropout=0.0
-    )
+    fields: dict[str, Any] = {'pool': 'cls', 'dropout': 0.0, 'emb_dropout': 0.0, 'channels': 3, 'dim_head': 4}
+    return convert.verify(path, count=2, gradients=True, attention=True, **fields)
 
 
 @pytest.fixture(scope='module')
