@@ -31,10 +31,12 @@ from safetensors import deserialize
 from convert.array_files import UNPACKED
 from convert.checkpoint import Checkpoint, Foreign, array, read
 from convert.errors import ConversionError
-from convert.torch_zip import EXPANDED, PICKLE_STEPS
+from convert.torch_zip import EXPANDED
 
-# What one small file may take: lines of Python, a dozen for each instruction that a pickle may have; and bytes.
-STEPS, MEMORY = 12 * PICKLE_STEPS, 64 << 20
+MEMORY = 64 << 20  # what one small file may take, in bytes
+# Lines of Python that it may take: some 30 for a byte that is an instruction, and up to 100 values of 6 lines each where
+# bytes share values (see `check_size`). Twice the size is twice the work: a square would be far beyond.
+STEPS, STEPS_PER_BYTE = 1000, 700
 
 NUMBERS = (0, 1, 2, 3, 8, 63, 64, 127, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**60, 2**63 - 1, 2**64 - 1)
 NAMES = (
@@ -296,8 +298,8 @@ def steps(function: Callable[[], Any]) -> int:
 def attempt(path: Path, compare: bool = True) -> tuple[str, int, int]:
     """Reads a damaged file -> ('converted' or 'refused', steps, peak of memory in bytes).
 
-    Raises: AssertionError if the file did anything, if an array is wrong, if a message would upset a terminal; and
-    whatever else than ConversionError `read` raises.
+    Raises: AssertionError if the file did anything, if an array is wrong, if a message would upset a terminal; if it
+    took more steps than its size explains; and whatever else than ConversionError `read` raises.
     """
     global _watch
     _watch = _watch or Watch()
@@ -316,6 +318,7 @@ def attempt(path: Path, compare: bool = True) -> tuple[str, int, int]:
             read(path)
 
     work = steps(again)
+    assert work < STEPS + STEPS_PER_BYTE * path.stat().st_size, f'{work} steps for {path.stat().st_size} bytes'
     tracemalloc.start()  # a third time, since the count takes memory itself
     again()
     peak = tracemalloc.get_traced_memory()[1]
@@ -363,7 +366,7 @@ def check_same(theirs: Any, ours: Any) -> None:
 
 
 def main() -> None:
-    """Reads many damaged files, and prints how many were refused, which took most steps and most memory."""
+    """Reads many damaged files, and prints how many were refused, the longest way and the most memory."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--files', type=int, default=20_000)
     parser.add_argument('--seed', type=int, default=0)
