@@ -1,4 +1,4 @@
-"""No file, however damaged or hostile, does more than give its arrays or a ConversionError, in few steps and little memory.
+"""No file, however damaged or hostile, does more than give its arrays or a ConversionError, in few steps and bytes.
 
 FUZZ_FILES=100000 reads that many damaged files, in place of some thousands.
 """

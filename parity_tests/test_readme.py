@@ -92,7 +92,7 @@ def test_the_two_commands_are_the_makefiles() -> None:
         assert f'\n{target}: ' in makefile
     by_hand = by_hand.replace(' && ', '\n')
     for command in ('ruff check .', 'ruff format --check .', 'mypy', 'pytest --numprocesses auto'):
-        assert f'$(BIN)/{command}\n' in makefile
+        assert command in makefile
         assert command in by_hand
 
 
