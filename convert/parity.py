@@ -280,7 +280,8 @@ def channels_last(model: nn.Module, variables: Mapping[str, Any], images: Any) -
     turned = images.shape[1:3] != size and images.shape[2:4] == size  # where both orders fit, channels are last
     if images.shape[3] != channels or (images.shape[1] == channels and turned):
         images = np.moveaxis(images, 1, 3)
-    return np.ascontiguousarray(images, np.promote_types(images.dtype, np.float32))
+    # a copy: JAX's arrays can't be written to, which PyTorch warns of
+    return np.array(images, np.promote_types(images.dtype, np.float32), order='C')
 
 
 def labels(model: nn.Module) -> dict[str, str]:

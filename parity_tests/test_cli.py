@@ -21,6 +21,7 @@ from vit_pytorch import deepvit, simple_vit
 import convert.commands
 import convert.demo
 from convert.cli import cli, main
+from convert.conversion import place
 from flax_vit import DeepViT, from_pretrained, save_pretrained
 
 DIGITS = pathlib.Path(__file__).parents[1] / 'examples' / 'digits'
@@ -245,8 +246,14 @@ def test_the_demo_proves_both_models(flax_vit: Run) -> None:
 
 
 def test_the_demo_fails_when_the_port_is_wrong(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules['convert.parity'], 'OUTPUT_LIMIT', 0.0)
-    assert flax_vit('demo')[0] == 1
+    def misplace(*arguments: Any) -> dict[str, Any]:
+        variables = place(*arguments)
+        variables['params']['to_patch_embedding_1']['bias'] += 1e-5
+        return variables
+
+    monkeypatch.setattr(convert.demo, 'place', misplace)
+    status, printed, _ = flax_vit('demo')
+    assert (status, printed.count('WRONG: the Flax model does not compute what PyTorch does.')) == (1, 2)
 
 
 def test_the_shipped_digits_models_are_95_percent_right() -> None:
