@@ -80,9 +80,7 @@ def test_what_both_sides_share_is_named() -> None:
     assert "if pool='mean'" in report.verdict.replace('image_size=8, patch_size=4, ', '')
     report = convert.verify(state_dict, converted=(model, variables), count=1, **told)
     assert not report.right
-    assert report.causes == [
-        'pooled features: matches if pooled by the mean of all tokens instead of the class token'
-    ]
+    assert report.causes == ['pooled features: matches if pooled by the mean of all tokens instead of the class token']
 
 
 def test_too_coarse_is_not_another_function(monkeypatch: pytest.MonkeyPatch) -> None:
