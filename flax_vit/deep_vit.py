@@ -21,6 +21,7 @@ from flax_vit.layers import (
     Layer,
     Transformer,
     add,
+    at_least_float32,
     check_divisible,
     check_options,
     check_sizes,
@@ -31,6 +32,7 @@ from flax_vit.layers import (
     softmax,
     to_patches,
 )
+from flax_vit.sharding import laid_out_by_the_compiler
 
 
 class FeedForward(Layer):
@@ -77,15 +79,23 @@ class Attention(Layer):
         qkv = self.to_qkv(self.norm(x))
         q, k, v = jnp.unstack(rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads))
 
-        def attend(self: 'Attention', q: Float[Array, 'batch heads i d']) -> Float[Array, 'batch heads i d']:
-            dots = product('bhid,bhjd->bhij', q, k, precision=self.precision) * self.dim_head**-0.5
-            # vit-pytorch drops out the attention map before re-attention, not after it
-            attn = self.attention_dropout(softmax(dots), deterministic=not train)
-            attn = self.reattn_norm_1(attn, mix=self.reattn_weights)
-            return product('bhij,bhjd->bhid', attn, v, precision=self.precision)
-
-        out = in_query_chunks(self, attend, q, self.query_chunk_size)
+        out = in_query_chunks(self, partial(Attention.weigh, train=train), q, k, v, self.query_chunk_size)
         return sequential(self.to_out, rearrange(out, 'b h n d -> b n (h d)'), train=train)
+
+    @nn.nowrap
+    def weigh(
+        self,
+        q: Float[Array, 'batch heads i d'],
+        k: Float[Array, 'batch heads j d'],
+        v: Float[Array, 'batch heads j d'],
+        *,
+        train: bool,
+    ) -> Float[Array, 'batch heads i d']:
+        dots = product('bhid,bhjd->bhij', q, k, precision=self.precision) * self.dim_head**-0.5
+        # vit-pytorch drops out the attention map before re-attention, not after it
+        attn = self.attention_dropout(softmax(dots), deterministic=not train)
+        attn = self.reattn_norm_1(attn, mix=self.reattn_weights)
+        return product('bhij,bhjd->bhid', attn, v, precision=self.precision)
 
 
 class HeadNorm(Layer):
@@ -104,7 +114,7 @@ class HeadNorm(Layer):
         self, attn: Float[Array, 'batch heads i j'], *, mix: Float[Array, 'heads heads']
     ) -> Float[Array, 'batch heads i j']:
         batch, heads, _, _ = attn.shape
-        wide = jnp.promote_types(attn.dtype, jnp.float32)
+        wide = at_least_float32(attn.dtype)
         # The mean over the heads is linear: a matrix with centred rows gives the maps centred, with no pass over them.
         mix = mix.astype(wide)
         mix = (mix - mix.mean(axis=1, keepdims=True)).astype(attn.dtype)
@@ -112,7 +122,7 @@ class HeadNorm(Layer):
         mix = jnp.broadcast_to(mix.T, (batch, heads, heads))
         centred = product('bgh,bhij->bgij', mix, attn, precision=self.precision).astype(wide)
         variance = mean_over_heads(centred**2)
-        scale, bias = (parameter.astype(wide).reshape(heads, 1, 1) for parameter in (self.scale, self.bias))
+        scale, bias = (parameter.astype(wide).reshape(1, heads, 1, 1) for parameter in (self.scale, self.bias))
         return (centred * (jax.lax.rsqrt(variance + EPSILON) * scale) + bias).astype(attn.dtype)
 
 
@@ -153,14 +163,14 @@ class DeepViT(Layer):
     emb_dropout: float = 0.0
     patch_norm: bool = True  # LayerNorms round the patch projection; vit-pytorch before 1.0.0 had none
     query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
-    remat: bool = False  # the way back computes each layer's inside anew, instead of keeping it
+    remat: bool = False  # the backward pass computes each layer's inside anew, instead of keeping it
     scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`
 
     def __post_init__(self) -> None:
         check_sizes(self, image_size=1, patch_size=1, num_classes=0, dim=1, depth=1, heads=1, mlp_dim=1)
         check_sizes(self, channels=1, dim_head=1)
         check_divisible(self, (self.image_size, self.image_size), (self.patch_size, self.patch_size))
-        if self.pool not in {'cls', 'mean'}:
+        if self.pool not in ('cls', 'mean'):
             raise ValueError(f"DeepViT: pool must be 'cls' (class token) or 'mean' (of tokens), not {self.pool!r}.")
         for name in ('dropout', 'emb_dropout'):
             if not isinstance(getattr(self, name), Real) or not 0 <= getattr(self, name) <= 1:
@@ -214,8 +224,9 @@ class DeepViT(Layer):
         self.to_latent = Identity()
         self.mlp_head = [self.layer_norm(), self.linear(self.dim, self.num_classes)] if self.num_classes else []
 
+    @laid_out_by_the_compiler
     def __call__(
-        self, images: Shaped[Array | np.ndarray, 'batch ...'], *, train: bool = False
+        self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
     ) -> Float[Array, 'batch outputs']:
         """Logits (batch, num_classes) of images (batch, height, width, channels) or (batch, channels, height, width).
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
-from flax.typing import Dtype, Initializer, PrecisionLike
+from flax.typing import Dtype, Initializer, Out, PrecisionLike
 from jax import Array, random
 from jaxtyping import Float, Shaped
 
@@ -67,7 +67,7 @@ class LayerNorm(Layer):
     """`torch.nn.LayerNorm` of the last axis: epsilon 1e-5, two-pass variance, statistics at least in float32.
 
     In PyTorch's order of operations, with the names of linen's LayerNorm: that one scales the reciprocal deviation
-    first, for which the way back keeps an array as large as `x`, and takes a little longer on a CPU.
+    first, for which the backward pass keeps an array as large as `x`, and takes a little longer on a CPU.
     """
 
     @nn.compact
@@ -75,8 +75,7 @@ class LayerNorm(Layer):
         scale = self.param('scale', nn.initializers.ones, x.shape[-1:], self.param_dtype)
         bias = self.param('bias', nn.initializers.zeros, x.shape[-1:], self.param_dtype)
         dtype = nn.dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        wide = jnp.promote_types(dtype, jnp.float32)
-        x, scale, bias = (array.astype(wide) for array in (x, scale, bias))
+        x, scale, bias = (aligned(array, x.ndim).astype(at_least_float32(dtype)) for array in (x, scale, bias))
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = (centred**2).mean(axis=-1, keepdims=True)
         return (centred * jax.lax.rsqrt(variance + EPSILON) * scale + bias).astype(dtype)
@@ -95,18 +94,28 @@ def gelu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
     As PyTorch writes it, at least in float32: half precision would lose what 1 + erf leaves of a negative `x`. By the
     complementary error function, as in flax, it takes 2.5 times as long on a CPU.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(at_least_float32(x.dtype))
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
 
 
 def add(x: Float[Array, '*shape'], parameter: Float[Array, '...']) -> Float[Array, '*shape']:
     """`x` and a parameter that is broadcast to it, added at least in float32, in the dtype of `x`.
 
-    The way back sums the parameter's gradient over the batch, in the dtype that was added in: PyTorch sums half
+    The backward pass sums the parameter's gradient over the batch, in the dtype that was added in: PyTorch sums half
     precision in float32, XLA would not.
     """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return (x.astype(wide) + parameter.astype(wide)).astype(x.dtype)
+    wide = at_least_float32(x.dtype)
+    return (x.astype(wide) + aligned(parameter, x.ndim).astype(wide)).astype(x.dtype)
+
+
+def at_least_float32(dtype: Dtype) -> Dtype:
+    """`jnp.promote_types(dtype, jnp.float32)`, also where JAX is told to promote nothing."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
+def aligned(parameter: Float[Array, '*shape'], ndim: int) -> Float[Array, '...']:
+    """With leading axes of size 1 up to `ndim`: JAX can be told not to broadcast arrays of unlike rank."""
+    return jnp.expand_dims(parameter, tuple(range(ndim - parameter.ndim)))
 
 
 def product(
@@ -115,8 +124,8 @@ def product(
     """`jnp.einsum` of two arrays of one dtype, in that dtype.
 
     A CPU's units for bfloat16 add up in float32: XLA uses them only if the result is asked for in float32 and rounded
-    afterwards, else it computes in float32, which takes 4 times as long. The way back it computes in float32 anyway.
-    Elsewhere it rounds within the product.
+    afterwards, else it computes in float32, which takes 4 times as long. In the backward pass it computes in float32
+    anyway. Elsewhere it rounds within the product.
     """
 
     def plain(x: Array, y: Array) -> Array:
@@ -137,7 +146,7 @@ def exponentials(
     x: Float[Array, '*batch n'],
 ) -> tuple[Float[Array, '*batch n'], Float[Array, '*batch 1']]:
     """Numerator and denominator of the softmax of the last axis, both at least in float32."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(at_least_float32(x.dtype))
     weights = jnp.exp(x - jax.lax.stop_gradient(x.max(axis=-1, keepdims=True)))
     return weights, weights.sum(axis=-1, keepdims=True)
 
@@ -158,32 +167,48 @@ def sequential(layers: Sequence[Any], x: Shaped[Array | np.ndarray, '...'], *, t
 
 def in_query_chunks(
     module: nn.Module,
-    attend: Callable[[Any, Float[Array, 'batch heads chunk d']], Float[Array, 'batch heads chunk d']],
+    attend: Callable[..., Float[Array, 'batch heads chunk d']],
     queries: Float[Array, 'batch heads tokens d'],
+    keys: Float[Array, 'batch heads tokens d'],
+    values: Float[Array, 'batch heads tokens d'],
     size: int | None,
 ) -> Float[Array, 'batch heads tokens d']:
-    """`attend(module, queries)`, at most `size` queries at a time; None: all at once.
+    """`attend(module, queries, keys, values)`, at most `size` queries at a time; None: all at once.
 
-    The chunks follow one another, and the way back computes each anew, so that no attention map is larger than
-    (batch, heads, size, tokens). Exact wherever a query's result needs no other query.
+    The chunks follow one another, and the backward pass computes each anew, so that no attention map is larger than
+    (batch, heads, size, tokens). Exact wherever a query's result needs no other query. The maps of an `attend` whose
+    intermediates are captured are put together again.
     """
     tokens = queries.shape[2]
     if size is None or size >= tokens:
-        return attend(module, queries)
+        return attend(module, queries, keys, values)
     count = -(-tokens // size)
     rows = -(-tokens // count)  # of a chunk, all alike; the last is filled up with zeros
     filled = jnp.pad(queries, ((0, 0), (0, 0), (0, count * rows - tokens), (0, 0)))
 
-    def step(module: Any, carry: None, chunk: Array) -> tuple[None, Array]:
-        return carry, attend(module, chunk)
+    def joined(chunks: Array) -> Array:
+        return rearrange(chunks, 'b h count i d -> b h (count i) d')[:, :, :tokens]
+
+    def step(module: Any, carry: None, chunk: Array, keys: Array, values: Array) -> tuple[None, Array]:
+        return carry, attend(module, chunk, keys, values)
 
     scan: Any = nn.scan(
         nn.remat(step, prevent_cse=False),
         variable_broadcast='params',
+        variable_axes={'intermediates': Out(2)},
         split_rngs={'params': False, 'dropout': True},
+        in_axes=(2, nn.broadcast, nn.broadcast),
+        out_axes=2,
     )
-    _, out = scan(module, None, rearrange(filled, 'b h (count i) d -> count b h i d', count=count))
-    return rearrange(out, 'count b h i d -> b h (count i) d')[:, :, :tokens]
+    scan = nn.map_variables(
+        scan,
+        'intermediates',
+        trans_in_fn=lambda _: {},
+        trans_out_fn=partial(jax.tree.map, joined),
+        mutable=True,
+    )
+    chunks = rearrange(filled, 'b h (count i) d -> b h count i d', count=count)
+    return joined(scan(module, None, chunks, keys, values)[1])
 
 
 class Transformer(Layer):
@@ -215,9 +240,9 @@ class Transformer(Layer):
 
         def block(layers: Sequence[Any], x: Array) -> Array:
             for layer in layers:
-                # `1 *` is nothing but an operation of its own: the way back sums what the layer's uses of x give before
-                # it adds the sum to x's gradient. Added one after another, XLA for CPUs would compute all of them anew
-                # in every layer, which takes time and code by the square of the depth.
+                # `1 *` is nothing but an operation of its own: the backward pass sums what the layer's uses of x give
+                # before it adds the sum to x's gradient. Added one after another, XLA for CPUs would compute all of
+                # them anew in every layer, which takes time and code by the square of the depth.
                 x = run(layer, 1 * x) + x
             return x
 
@@ -275,6 +300,12 @@ def to_patches(
     `fits(height, width)` says which sizes `model` takes, `sizes` says it in words. Where both orders fit, the
     channels are last. Raises ValueError, with both shapes, when neither fits.
     """
+    if not isinstance(getattr(images, 'dtype', None), np.dtype):
+        kind = f'{type(images).__module__}.{type(images).__qualname__}'.removeprefix('builtins.')
+        raise ValueError(
+            f'{type(model).__name__} takes images as an array of JAX or NumPy, not a {kind}: numpy.asarray(images) '
+            'makes one of what lies in the memory of the CPU.'
+        )
     shape = images.shape
     if images.ndim == 4 and shape[3] == channels and fits(*shape[1:3]):
         order = 'b (h p1) (w p2) c'
@@ -309,7 +340,7 @@ def check_sizes(model: nn.Module, *, pairs: Sequence[str] = (), **smallest: int)
     for name, least in smallest.items():
         value = getattr(model, name)
         numbers = value if name in pairs and isinstance(value, tuple) and len(value) == 2 else (value,)
-        if not all(isinstance(number, Integral) and int(number) >= least for number in numbers):
+        if not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= least for n in numbers):
             raise ValueError(f'{type(model).__name__}: {name} must be a whole number from {least} up, not {value!r}.')
 
 
@@ -333,7 +364,7 @@ def check_options(model: Any) -> None:
         vector = jax.ShapeDtypeStruct((1,), jnp.float32)
         try:
             jax.eval_shape(partial(jnp.dot, precision=model.precision), vector, vector)
-        except ValueError as error:  # JAX lists what it takes
+        except (TypeError, ValueError) as error:  # JAX lists what it takes
             raise ValueError(
                 f'{type(model).__name__}: precision={model.precision!r} is not to be had: {error}'
             ) from error

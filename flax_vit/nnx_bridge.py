@@ -11,15 +11,38 @@ from flax_vit.folder import MODELS
 from flax_vit.parameters import check_variables
 
 
-def to_nnx(model: nn.Module, variables: Mapping[str, Any], rngs: nnx.Rngs | None = None) -> nnx.bridge.ToNNX:
+class NNXModel(nnx.bridge.ToNNX):
+    """A model as an nnx module: `train()` and `eval()` say whether dropout acts, unless the call does."""
+
+    def __init__(self, module: nn.Module, rngs: nnx.Rngs | None = None) -> None:
+        super().__init__(module, rngs)
+        self.to_nnx__deterministic = True  # ToNNX takes what is called otherwise for the model's variables
+
+    @property
+    def deterministic(self) -> bool:
+        """What nnx.Module's `train` and `eval` set."""
+        return self.to_nnx__deterministic
+
+    @deterministic.setter
+    def deterministic(self, value: bool) -> None:
+        self.to_nnx__deterministic = value
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        if keywords.get('method') is None and len(arguments) == 1:
+            keywords.setdefault('train', not self.deterministic)
+        return super().__call__(*arguments, **keywords)
+
+
+def to_nnx(model: nn.Module, variables: Mapping[str, Any], rngs: nnx.Rngs | None = None) -> NNXModel:
     """The model as an nnx module that holds the variables, as `nnx.Param`s in linen's tree.
 
-    Call it with images, as the model: `module(images)`. In training, `module(images, train=True)` takes the dropout's
-    keys from `rngs`, nnx.Rngs(dropout=seed), or from those of the call, `rngs=`. The arrays are shared, not copied.
+    Call it with images, as the model: `module(images)`. After `module.train()`, until `module.eval()`, dropout acts,
+    as it does in one call with `train=True`. Its keys come from `rngs`, nnx.Rngs(dropout=seed), or from those of the
+    call, `rngs=`. The arrays are shared, not copied.
     Raises ValueError when the variables are not the model's.
     """
     check_variables(model, variables)
-    module = nnx.bridge.ToNNX(model, rngs)
+    module = NNXModel(model, rngs)
     for name, tree in variables['params'].items():
         setattr(module, name, nnx.data(jax.tree.map(nnx.Param, tree)))
     return module

@@ -2,10 +2,13 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import jax
+from flax import linen as nn
+from flax.core import lift
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 Rules = Sequence[tuple[str | re.Pattern[str], PartitionSpec]]
@@ -41,7 +44,7 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any
 
     `rules` are pairs of a regular expression and the split of the trailing axes. An axis that the mesh does not divide
     stays whole; so does an array with fewer axes than its rule. Raises ValueError when a rule names an axis that the
-    mesh does not have, or when the mesh does not leave the layout to the compiler.
+    mesh does not have.
     """
     check_mesh(mesh, rules)
 
@@ -74,11 +77,6 @@ def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(f'The pattern of the rule {rule!r} is no regular expression: {error}.') from error
-    if set(mesh.axis_types) != {AxisType.Auto}:
-        raise ValueError(
-            f'{mesh} asks for explicit shardings; the models leave them to the compiler. Make it with '
-            f'axis_types=(jax.sharding.AxisType.Auto,) * {len(mesh.axis_names)}.'
-        )
     named = {name for _, spec in rules for entry in spec for name in _axes(entry)}
     if not named <= set(mesh.axis_names):
         raise ValueError(
@@ -90,3 +88,48 @@ def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules) -> None:
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The axes of the mesh that an entry of a PartitionSpec names."""
     return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def laid_out_by_the_compiler(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's `__call__(self, images, train)`, inside of which every axis of a mesh is Auto.
+
+    With explicit axes, `jax.make_mesh`'s default, a product over a split axis and a reshape of one would each have to
+    say how their results are split. The logits, and what is sown for each image, leave it split as the images are;
+    parameters that `init` makes are whole. Where no axis is explicit, it is `call`.
+    """
+
+    @wraps(call)
+    def anywhere(self: nn.Module, images: Any, train: bool = False) -> Any:
+        arrays = [leaf for leaf in jax.tree.leaves((images, self.variables)) if isinstance(leaf, jax.Array)]
+        meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(array).sharding.mesh for array in arrays)]
+        mesh = next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+        if mesh is None:
+            return call(self, images, train)
+        types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        inside = mesh.update_axis_types({name: AxisType.Auto for name, kind in types if kind == AxisType.Explicit})
+
+        def lifted(inner: Callable[..., Any]) -> Callable[..., Any]:
+            # As jax.sharding.auto_axes, which can't split each of the sown arrays by its shape.
+            def run(scope_of: Any, made_in: Any, variables: Any, rngs: Any, images: Any) -> Any:
+                with jax.sharding.use_abstract_mesh(inside):
+                    # A spec says nothing of Auto axes: all stays where it is.
+                    variables, rngs, given = jax.sharding.reshard((variables, rngs, images), PartitionSpec())
+                    scope = scope_of(variables, rngs)
+                    logits = inner(scope, given)
+                    params, sown = made_in(scope)
+                size, split = images.shape[0], jax.typeof(images).sharding.spec[0]
+
+                def by_image(array: Any) -> PartitionSpec:  # scanned blocks have an axis in front of the images
+                    axes = array.shape[:2]
+                    return PartitionSpec(*[None] * axes.index(size), split) if size in axes else PartitionSpec()
+
+                with jax.sharding.use_abstract_mesh(mesh):
+                    params = jax.sharding.reshard(params, PartitionSpec())
+                    logits, sown = jax.sharding.reshard((logits, sown), jax.tree.map(by_image, (logits, sown)))
+                return logits, (params, sown)
+
+            return lift.pack(run, (True,), ('params', True), (True,))
+
+        return nn.transforms.lift_transform(lifted, lambda self, images: call(self, images, train))(self, images)
+
+    return anywhere

@@ -29,6 +29,7 @@ from flax_vit.layers import (
     sequential,
     to_patches,
 )
+from flax_vit.sharding import laid_out_by_the_compiler
 
 
 def posemb_sincos_2d(
@@ -84,17 +85,26 @@ class Attention(Layer):
         qkv = self.to_qkv(self.norm(x))
         q, k, v = jnp.unstack(rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads))
 
-        def attend(self: 'Attention', q: Float[Array, 'batch heads i d']) -> Float[Array, 'batch heads i d']:
-            dots = product('bhid,bhjd->bhij', q * self.dim_head**-0.5, k, precision=self.precision)
-            weights, total = exponentials(dots)
-            attn = self.attend((weights / total).astype(dots.dtype))
-            if attn.dtype != total.dtype:  # half precision, for which the sums of undivided weights can be too large
-                return product('bhij,bhjd->bhid', attn, v, precision=self.precision)
-            # Divided after the product: one pass over the map less. What nobody looks at, the compiler leaves out.
-            return product('bhij,bhjd->bhid', weights, v, precision=self.precision) / total
-
-        out = in_query_chunks(self, attend, q, self.query_chunk_size)
+        out = in_query_chunks(self, Attention.weigh, q, k, v, self.query_chunk_size)
         return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))
+
+    @nn.nowrap
+    def weigh(
+        self,
+        q: Float[Array, 'batch heads i d'],
+        k: Float[Array, 'batch heads j d'],
+        v: Float[Array, 'batch heads j d'],
+    ) -> Float[Array, 'batch heads i d']:
+        dots = product('bhid,bhjd->bhij', q * self.dim_head**-0.5, k, precision=self.precision)
+        weights, total = exponentials(dots)
+        softmax = (weights / total).astype(dots.dtype)
+        attn = self.attend(softmax)
+        if attn is softmax and attn.dtype == total.dtype:
+            # Divided after the product: one pass over the map less; the compiler leaves out the division above. Not
+            # where somebody has put another map in its place, and not in half precision, for which the sums of
+            # undivided weights can be too large.
+            return product('bhij,bhjd->bhid', weights, v, precision=self.precision) / total
+        return product('bhij,bhjd->bhid', attn, v, precision=self.precision)
 
 
 class SimpleViT(Layer):
@@ -116,7 +126,7 @@ class SimpleViT(Layer):
     patch_norm: bool = True  # LayerNorms round the patch projection; vit-pytorch before 1.0.0 had none
     norm_after_mean: bool = False  # vit-pytorch before 1.4.0: mean over tokens first, then a LayerNorm in the head
     query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
-    remat: bool = False  # the way back computes each layer's inside anew, instead of keeping it
+    remat: bool = False  # the backward pass computes each layer's inside anew, instead of keeping it
     scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`
 
     def __post_init__(self) -> None:
@@ -178,15 +188,16 @@ class SimpleViT(Layer):
             head = self.linear(self.dim, self.num_classes)
             self.linear_head: Any = [self.layer_norm(), head] if self.norm_after_mean else head
 
+    @laid_out_by_the_compiler
     def __call__(
-        self, images: Shaped[Array | np.ndarray, 'batch ...'], *, train: bool = False
+        self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
     ) -> Float[Array, 'batch outputs']:
         """Logits (batch, num_classes) of images (batch, height, width, channels) or (batch, channels, height, width).
 
         `train` is there for DeepViT's sake: SimpleViT computes the same in training.
         """
         x = sequential(self.to_patch_embedding, images, train=train)
-        x = x + self.pos_embedding().astype(x.dtype)
+        x = x + self.pos_embedding()[None].astype(x.dtype)
         x = self.transformer(x, train=train)
         x = self.to_latent(x.mean(axis=1))
         if not self.num_classes:

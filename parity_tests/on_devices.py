@@ -1,6 +1,7 @@
 """What tests run in processes of their own: one with 8 devices, or two with 2 each. Prints JSON.
 
 python on_devices.py eight FOLDER
+python on_devices.py explicit FOLDER
 python on_devices.py process NUMBER PORT FOLDER
 python on_devices.py restore CHECKPOINTS FOLDER
 """
@@ -11,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -26,6 +28,7 @@ from orbax.checkpoint import v1 as orbax
 from safetensors import safe_open
 
 from flax_vit import from_pretrained, save_pretrained, shardings
+from flax_vit.sharding import RULES
 
 OTHER_FIELDS: Any = {'num_classes': 8, 'image_size': 24, 'param_dtype': 'bfloat16'}
 
@@ -35,6 +38,10 @@ def main(task: str, *arguments: str) -> None:
         jax.config.update('jax_num_cpu_devices', 8)
         jax.config.update('jax_enable_x64', True)
         facts = eight(*arguments)
+    elif task == 'explicit':
+        jax.config.update('jax_num_cpu_devices', 8)
+        jax.config.update('jax_enable_x64', True)
+        facts = explicit(*arguments)
     elif task == 'restore':
         jax.config.update('jax_num_cpu_devices', 8)
         facts = restore(*arguments)
@@ -97,6 +104,37 @@ def eight(folder: str) -> dict[str, Any]:
         },
         'changed': changed(folder),
     }
+
+
+def explicit(folder: str) -> dict[str, Any]:
+    """Logits and gradients on meshes as `jax.make_mesh` gives them beside those on one device, in float64."""
+    images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
+    facts = {}
+    ways: list[dict[str, Any]] = [{}, {'query_chunk_size': 6, 'remat': True, 'scan_layers': True}]
+    for shape, names in (((8,), ('data',)), ((2, 4), ('data', 'model'))):
+        mesh = jax.make_mesh(shape, names)
+        rules = RULES if 'model' in names else ()
+        on_data = jax.device_put(images, NamedSharding(mesh, P('data')))
+        for options in ways:
+            model, alone = from_pretrained(folder, **options)
+            _, spread = from_pretrained(folder, mesh=mesh, sharding_rules=rules, **options)
+            apply = jax.jit(model.apply)
+            gradient = jax.jit(jax.grad(partial(sum_of_squares, model)))
+            logits, gradients = apply(spread, on_data), gradient(spread, on_data)
+            facts[f'{names} {options}'] = {
+                'axes': [kind.name for kind in mesh.axis_types] * (2 // len(names)),
+                'split': [*logits.sharding.spec],
+                'logits': relative(logits, apply(alone, images)),
+                'gradients': max(jax.tree.leaves(jax.tree.map(relative, gradients, gradient(alone, images)))),
+                'gradients lie as parameters': jax.tree.all(
+                    jax.tree.map(lambda one, other: one.sharding == other.sharding, gradients, spread)
+                ),
+            }
+    return facts
+
+
+def sum_of_squares(model: Any, variables: Any, images: Any) -> Any:
+    return (model.apply(variables, images) ** 2).sum()
 
 
 def changed(folder: str) -> dict[str, Any]:

@@ -332,6 +332,21 @@ def test_what_a_model_cannot_be_computed_in(model_class: Any) -> None:
             model_class(**SMALL, precision=precision)
 
 
+@pytest.mark.usefixtures('unchecked')
+@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
+def test_what_is_no_number_and_no_image(model_class: Any) -> None:
+    with pytest.raises(ValueError, match='heads must be a whole number from 1 up, not True'):
+        model_class(**SMALL | {'heads': True})
+    for images, kind in ((torch.zeros(1, 12, 12, 3), r'torch\.Tensor'), ([[0.0]], 'list')):
+        with pytest.raises(ValueError, match=f'takes images as an array of JAX or NumPy, not a {kind}: numpy'):
+            jax.eval_shape(lambda key, images=images: model_class(**SMALL).init(key, images), jax.random.key(0))
+    preset = jax.lax.DotAlgorithmPreset.DEFAULT
+    with pytest.raises(ValueError, match=r'precision=.* is not to be had: '):
+        model_class(**SMALL, precision=(preset, preset))
+    with pytest.raises(ValueError, match=r"pool must be 'cls' .* not \['cls'\]"):
+        DeepViT(**SMALL, pool=['cls'])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
 def test_however_a_dtype_is_given_the_model_is_the_same(model_class: Any) -> None:
     ways = [model_class(**SMALL, dtype=dtype) for dtype in ('bfloat16', jnp.bfloat16, jnp.dtype('bfloat16'))]

@@ -1,5 +1,9 @@
 """The models as flax.nnx modules: the same numbers, whatever nnx does with them."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +13,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from test_readme import ROOT, blocks
 
 from flax_vit import DeepViT, SimpleViT, from_nnx, to_nnx
 
@@ -80,6 +85,41 @@ def test_dropout_takes_keys_from_rngs() -> None:
     assert not np.array_equal(first, second)  # the stream moves on
     assert np.array_equal(first, train(to_nnx(model, variables, nnx.Rngs(dropout=7))))
     assert np.array_equal(module(IMAGES), to_nnx(model, variables)(IMAGES))  # and without training there is none
+
+
+def test_train_and_eval(model: Any, variables: Any) -> None:
+    """They say whether dropout acts, unless the call does."""
+    module = to_nnx(model, variables, nnx.Rngs(dropout=7))
+    call = nnx.jit(lambda module, **keywords: module(IMAGES, **keywords), static_argnames='train')
+    evaluated = call(module)
+    dropped = not np.array_equal(call(module, train=True), evaluated)
+    assert dropped == isinstance(model, DeepViT)
+    module.train()
+    assert np.array_equal(call(module), evaluated) != dropped
+    assert np.array_equal(call(module, train=False), evaluated)
+    module.eval()
+    assert np.array_equal(call(module), evaluated)
+    assert same(from_nnx(module), variables)
+
+
+def test_nnx_sees_parameters(model: Any, variables: Any) -> None:
+    module = to_nnx(model, variables)
+    assert same({'params': nnx.to_pure_dict(nnx.state(module, nnx.Param))}, variables)
+    graph, parameters, others = nnx.split(module, nnx.Param, ...)
+    assert not jax.tree.leaves(others)
+    doubled = nnx.merge(graph, jax.tree.map(lambda array: 2 * array, parameters), others)
+    assert same(from_nnx(doubled), jax.tree.map(lambda array: 2 * array, variables))
+
+
+@pytest.mark.parametrize('mode', ['true', 'false'])
+def test_the_page_in_both_of_nnx_modes(mode: str, tmp_path: Path) -> None:
+    """Modules as graphs, and as trees; which is the default depends on flax's version."""
+    script = '\n'.join(text for _, text in blocks(ROOT / 'docs' / 'nnx.md', 'python'))
+    script = script.replace("'examples/", f"'{ROOT}/examples/")
+    settings = {'NNX_GRAPH_MODE': mode, 'NNX_GRAPH_UPDATES': mode, 'JAX_PLATFORMS': 'cpu'}
+    command = [sys.executable, '-c', script]
+    run = subprocess.run(command, cwd=tmp_path, env=os.environ | settings, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.usefixtures('unchecked')

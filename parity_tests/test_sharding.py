@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from on_devices import OTHER_FIELDS, training_state
 from orbax.checkpoint import v1 as orbax
@@ -75,6 +75,19 @@ def test_on_eight_devices(name: str, folders: dict[str, pathlib.Path]) -> None:
         assert facts[tree] == facts['parameters']
     what_the_devices_exchange(name, facts['exchanged'])
     changed_fields(name, facts['changed'])
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_a_mesh_with_explicit_axes(name: str, folders: dict[str, pathlib.Path]) -> None:
+    """jax.make_mesh's default: the same numbers as on one device, lying where the images and the parameters do."""
+    facts = result(start('explicit', str(folders[name])))
+    assert len(facts) == 4
+    for way, found in facts.items():
+        assert found['axes'] == ['Explicit', 'Explicit']
+        assert found['logits'] <= 1e-12, way  # as above
+        assert found['gradients'] <= 1e-11, way
+        assert found['split'] == ['data', None], way
+        assert found['gradients lie as parameters'], way
 
 
 def every_large_parameter_is_split(name: str, facts: Any) -> None:
@@ -244,9 +257,6 @@ def test_a_mesh_that_does_not_fit(one: Mesh, folders: dict[str, pathlib.Path]) -
     named = Mesh(one.devices, ('x', 'y'))
     with pytest.raises(ValueError, match=r"split over \['model'\]; the axes of this mesh are \['x', 'y'\]"):
         from_pretrained(folders['simple'], mesh=named)
-    explicit = Mesh(one.devices, ('data', 'model'), axis_types=(AxisType.Explicit,) * 2)
-    with pytest.raises(ValueError, match=r'leave them to the compiler\. Make it with axis_types=.*Auto,\) \* 2'):
-        from_pretrained(folders['simple'], mesh=explicit)
 
 
 @pytest.mark.usefixtures('unchecked')

@@ -1,0 +1,146 @@
+"""The models under JAX's own settings, and whether they compute with what somebody puts in a part's place."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from flax_vit import DeepViT, SimpleViT, stack_layers
+
+SIZES: Any = {'image_size': 8, 'patch_size': 4, 'num_classes': 3, 'dim': 8, 'depth': 1, 'heads': 2, 'mlp_dim': 8}
+MODELS = {'simple': SimpleViT(**SIZES), 'deep': DeepViT(**SIZES, dropout=0.5, emb_dropout=0.5)}
+WAYS: dict[str, Any] = {
+    'plain': {},
+    'in-chunks': {'query_chunk_size': 2},
+    'scanned': {'scan_layers': True, 'remat': True},
+}
+TRACED: dict[str, Callable[[], AbstractContextManager[Any]]] = {  # what forbids something where a program is traced
+    'rank promotion': lambda: jax.numpy_rank_promotion('raise'),
+    'dtype promotion': lambda: jax.numpy_dtype_promotion('strict'),
+    'leaks': lambda: jax.check_tracer_leaks(True),
+}
+RUN: dict[str, Callable[[], AbstractContextManager[Any]]] = {  # what changes how it runs
+    'nans': lambda: jax.debug_nans(True),
+    'x64': lambda: jax.enable_x64(True),
+}
+IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+both_models = pytest.mark.parametrize('name', MODELS)
+every_way = pytest.mark.parametrize('way', WAYS)
+
+
+@cache
+def variables_of(name: str) -> Any:
+    """Larger than at the start, so that attention matters."""
+    variables = jax.jit(MODELS[name].init)(jax.random.key(1), IMAGES)
+    return jax.tree.map(lambda array: 2 * array, variables)
+
+
+def in_a_way(name: str, way: str, dtype: str | None = None) -> tuple[Any, Any]:
+    variables = variables_of(name)
+    model = MODELS[name].clone(**WAYS[way], dtype=dtype)
+    return model, stack_layers(variables) if model.scan_layers else variables
+
+
+@cache
+def logits_of(name: str, dtype: str | None = None, values: bool = True) -> Any:
+    """Of the model as it is, or one whose attention has zeros for values."""
+
+    def without_values(path: Any, array: Any) -> Any:
+        return array.at[:, array.shape[1] // 3 * 2 :].set(0) if path[-2].key == 'to_qkv' else array
+
+    variables = variables_of(name)
+    variables = variables if values else jax.tree_util.tree_map_with_path(without_values, variables)
+    return np.asarray(jax.jit(MODELS[name].clone(dtype=dtype).apply)(variables, IMAGES), np.float32)
+
+
+def dtypes(tree: Any) -> Any:
+    return jax.tree.map(lambda array: array.dtype, tree)
+
+
+def loss(model: Any, variables: Any) -> Any:
+    logits: Any = model.apply(variables, IMAGES, train=True, rngs={'dropout': jax.random.key(2)})
+    return (logits**2).sum(), logits
+
+
+@pytest.mark.parametrize('setting', TRACED)
+@every_way
+@both_models
+def test_what_jax_can_forbid(name: str, way: str, setting: str) -> None:
+    model, variables = in_a_way(name, way)
+    with TRACED[setting]():
+        gradients, _ = jax.eval_shape(jax.grad(partial(loss, model), has_aux=True), variables)
+    assert dtypes(gradients) == dtypes(variables)
+
+
+@pytest.mark.parametrize('setting', RUN)
+@pytest.mark.parametrize('way', ['plain', 'scanned'])
+@both_models
+def test_how_jax_can_run(name: str, way: str, setting: str) -> None:
+    model, variables = in_a_way(name, way)
+    with RUN[setting]():
+        gradients, logits = jax.jit(jax.grad(partial(loss, model), has_aux=True))(variables)
+    assert logits.dtype == np.float32
+    assert dtypes(gradients) == dtypes(variables)
+    assert all(np.isfinite(array).all() for array in jax.tree.leaves((gradients, logits)))
+    if name == 'simple':  # which has no dropout, whose masks x64 draws otherwise
+        close(logits, logits_of(name))
+
+
+def close(found: Any, expected: Any, dtype: str = 'float32') -> None:
+    """Up to the rounding of the last sums, which may be fused otherwise."""
+    bound = 8 * float(jnp.finfo(dtype).eps) * np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@every_way
+@pytest.mark.parametrize(
+    ('name', 'point'), [('simple', 'attend'), ('deep', 'attention_dropout'), ('deep', 'reattn_norm_1')]
+)
+def test_an_ablated_attention_map_attends_to_nothing(name: str, point: str, way: str, dtype: str) -> None:
+    """As if all values were zero; DeepViT's re-attention has no bias here."""
+    model, variables = in_a_way(name, way, dtype)
+
+    def zeroed(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        result = method(*args, **kwargs)
+        called = context.module.name == point and context.method_name == '__call__'
+        return jnp.zeros_like(result) if called else result
+
+    with nn.intercept_methods(zeroed):
+        ablated = jax.jit(lambda variables: model.apply(variables, IMAGES))(variables)
+    expected = logits_of(name, dtype, values=False)
+    close(ablated, expected, dtype)
+    with pytest.raises(AssertionError):  # otherwise nothing would be shown
+        close(logits_of(name, dtype), expected, dtype)
+
+
+@both_models
+def test_maps_are_captured_in_query_chunks_as_well(name: str) -> None:
+    variables, point = variables_of(name), {'simple': 'attend', 'deep': 'reattn_norm_1'}[name]
+
+    def maps(**options: Any) -> Any:
+        model = MODELS[name].clone(**options)
+        apply = jax.jit(lambda variables: model.apply(variables, IMAGES, capture_intermediates=True))
+        return apply(variables)[1]['intermediates']['transformer']['layers_0_0'][point]['__call__'][0]
+
+    whole = maps()
+    tokens = 5 if name == 'deep' else 4
+    assert whole.shape == (2, 2, tokens, tokens)
+    np.testing.assert_allclose(maps(query_chunk_size=2), whole, rtol=0, atol=8 * 2**-23 * np.abs(whole).max())
+
+
+@both_models
+def test_train_by_position(name: str) -> None:
+    model, variables, key = MODELS[name], variables_of(name), {'dropout': jax.random.key(2)}
+    by_name = jax.jit(model.apply, static_argnames='train')(variables, IMAGES, train=True, rngs=key)
+    checkpointed: Any = nn.remat(type(model), static_argnums=(2,))
+    dropout = {'dropout': 0.5, 'emb_dropout': 0.5} if name == 'deep' else {}
+    again = jax.jit(checkpointed(**SIZES, **dropout).apply, static_argnums=2)(variables, IMAGES, True, rngs=key)
+    np.testing.assert_allclose(again, by_name, rtol=0, atol=8 * 2**-23 * np.abs(by_name).max())
+    assert (np.abs(by_name - logits_of(name)).max() > 1e-3) == (name == 'deep')
