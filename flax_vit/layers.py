@@ -1,6 +1,7 @@
 """What both models share: layers that start and compute as PyTorch's do, and the way images become patches."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from numbers import Integral
 from typing import Any
@@ -193,7 +194,7 @@ def in_query_chunks(
         return carry, attend(module, chunk, keys, values)
 
     scan: Any = nn.scan(
-        nn.remat(step, prevent_cse=False),
+        step if is_concrete(queries) else nn.remat(step, prevent_cse=False),
         variable_broadcast='params',
         variable_axes={'intermediates': Out(2)},
         split_rngs={'params': False, 'dropout': True},
@@ -208,7 +209,18 @@ def in_query_chunks(
         mutable=True,
     )
     chunks = rearrange(filled, 'b h (count i) d -> b h count i d', count=count)
-    return joined(scan(module, None, chunks, keys, values)[1])
+    with loops_over(queries):
+        return joined(scan(module, None, chunks, keys, values)[1])
+
+
+def is_concrete(x: Array) -> bool:
+    """Whether its numbers are there: outside of jit, grad and the like, where each operation is done at once."""
+    return not isinstance(x, jax.core.Tracer)
+
+
+def loops_over(x: Array) -> AbstractContextManager[None]:
+    """Loops over a concrete `x` run in Python: linen's are new functions in each call, which JAX would compile anew."""
+    return jax.disable_jit() if is_concrete(x) else nullcontext()
 
 
 class Transformer(Layer):
@@ -236,7 +248,8 @@ class Transformer(Layer):
         def run(layer: Any, x: Array) -> Array:
             return layer(x, train=train)
 
-        run = nn.remat(run, prevent_cse=not self.scan_layers) if self.remat else run
+        if self.remat and not is_concrete(x):
+            run = nn.remat(run, prevent_cse=not self.scan_layers)
 
         def block(layers: Sequence[Any], x: Array) -> Array:
             for layer in layers:
@@ -255,7 +268,8 @@ class Transformer(Layer):
                 split_rngs={'params': True, 'dropout': True},
                 length=self.depth,
             )
-            x, _ = scan(self.blocks, x, None)
+            with loops_over(x):
+                x, _ = scan(self.blocks, x, None)
         else:
             for layers in self.layers:
                 x = block(layers, x)

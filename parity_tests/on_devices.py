@@ -27,7 +27,7 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as orbax
 from safetensors import safe_open
 
-from flax_vit import from_pretrained, save_pretrained, shardings
+from flax_vit import features, from_pretrained, save_pretrained, shardings
 from flax_vit.sharding import RULES
 
 OTHER_FIELDS: Any = {'num_classes': 8, 'image_size': 24, 'param_dtype': 'bfloat16'}
@@ -53,6 +53,9 @@ def main(task: str, *arguments: str) -> None:
         jax.distributed.initialize(f'127.0.0.1:{port}', num_processes=2, process_id=int(number))
         facts = process(folder)
     print(json.dumps(facts))
+
+
+MESHES: Any = (((8,), ('data',)), ((2, 4), ('data', 'model')))
 
 
 def mesh_of(data: int, model: int) -> jax.sharding.Mesh:
@@ -110,27 +113,43 @@ def explicit(folder: str) -> dict[str, Any]:
     """Logits and gradients on meshes as `jax.make_mesh` gives them beside those on one device, in float64."""
     images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
     facts = {}
-    ways: list[dict[str, Any]] = [{}, {'query_chunk_size': 6, 'remat': True, 'scan_layers': True}]
-    for shape, names in (((8,), ('data',)), ((2, 4), ('data', 'model'))):
-        mesh = jax.make_mesh(shape, names)
-        rules = RULES if 'model' in names else ()
-        on_data = jax.device_put(images, NamedSharding(mesh, P('data')))
-        for options in ways:
-            model, alone = from_pretrained(folder, **options)
+    every: Any = {'query_chunk_size': 6, 'remat': True, 'scan_layers': True}
+    for options, on_meshes in (({}, MESHES), (every, MESHES[1:])):
+        model: Any
+        model, alone = from_pretrained(folder, **options)
+        for shape, names in on_meshes:
+            mesh = jax.make_mesh(shape, names)
+            rules = RULES if 'model' in names else ()
+            on_data = jax.device_put(images, NamedSharding(mesh, P('data')))
             _, spread = from_pretrained(folder, mesh=mesh, sharding_rules=rules, **options)
             apply = jax.jit(model.apply)
             gradient = jax.jit(jax.grad(partial(sum_of_squares, model)))
+            seen, seen_alone = (
+                jax.jit(partial(features, model, attention=True))(*given)
+                for given in ((spread, on_data), (alone, images))
+            )
             logits, gradients = apply(spread, on_data), gradient(spread, on_data)
             facts[f'{names} {options}'] = {
                 'axes': [kind.name for kind in mesh.axis_types] * (2 // len(names)),
                 'split': [*logits.sharding.spec],
                 'logits': relative(logits, apply(alone, images)),
                 'gradients': max(jax.tree.leaves(jax.tree.map(relative, gradients, gradient(alone, images)))),
+                'in the mesh': [relative(logits, other) for other in in_the_mesh(mesh, model, spread, on_data)],
+                'features': max(jax.tree.leaves(jax.tree.map(relative, seen, seen_alone))),
+                'features split': sorted({str(array.sharding.spec[0]) for array in jax.tree.leaves(seen)}),
                 'gradients lie as parameters': jax.tree.all(
                     jax.tree.map(lambda one, other: one.sharding == other.sharding, gradients, spread)
                 ),
             }
     return facts
+
+
+def in_the_mesh(mesh: jax.sharding.Mesh, model: Any, spread: Any, images: Any) -> list[Any]:
+    """The logits where the mesh is set, compiled and at once; parameters that `init` makes there have their shapes."""
+    with jax.set_mesh(mesh):
+        made = jax.device_get(jax.jit(model.init)(jax.random.key(0), images))
+        assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, spread)
+        return [jax.jit(model.apply)(spread, images), model.apply(spread, images)]
 
 
 def sum_of_squares(model: Any, variables: Any, images: Any) -> Any:

@@ -25,7 +25,7 @@ def test_speed(tmp_path: pathlib.Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=1800,
     )
     assert ended.returncode == 0, ended.stderr
     (case,) = json.loads(figures.read_text())['cases']

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 from hub_server import serving
-from test_pretrained import MODELS, variables_of
-from test_readme import ROOT, blocks
+from pages import ROOT, blocks
+from small_models import MODELS, variables_of
 
 from flax_vit import from_pretrained, push_to_hub, save_pretrained
 from flax_vit.folder import read_config
@@ -57,7 +57,7 @@ def client(script: str, folder: pathlib.Path, **environment: str) -> list[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=1800,
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout.splitlines()

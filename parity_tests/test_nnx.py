@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
-from test_readme import ROOT, blocks
+from pages import ROOT, blocks
 
 from flax_vit import DeepViT, SimpleViT, from_nnx, to_nnx
 
@@ -105,7 +105,8 @@ def test_train_and_eval(model: Any, variables: Any) -> None:
 def test_nnx_sees_parameters(model: Any, variables: Any) -> None:
     module = to_nnx(model, variables)
     assert same({'params': nnx.to_pure_dict(nnx.state(module, nnx.Param))}, variables)
-    graph, parameters, others = nnx.split(module, nnx.Param, ...)
+    split: Any = nnx.split(module, nnx.Param, ...)
+    graph, parameters, others = split
     assert not jax.tree.leaves(others)
     doubled = nnx.merge(graph, jax.tree.map(lambda array: 2 * array, parameters), others)
     assert same(from_nnx(doubled), jax.tree.map(lambda array: 2 * array, variables))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from test_pretrained import MODELS, assert_equal, variables_of
+from small_models import MODELS, assert_equal, variables_of
 
 from flax_vit import PretrainedWarning, from_pretrained, save_pretrained
 from flax_vit.resize import resize_positions

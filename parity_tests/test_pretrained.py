@@ -17,30 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
+from small_models import MODELS, assert_equal, variables_of
 
 import flax_vit.pretrained
-from flax_vit import DeepViT, PretrainedWarning, SimpleViT, from_pretrained, save_pretrained
+from flax_vit import DeepViT, PretrainedWarning, from_pretrained, save_pretrained
 from flax_vit.folder import read_config
 from flax_vit.pretrained import read_golden
-
-MODELS = {
-    'simple': SimpleViT(image_size=(8, 12), patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=20),
-    'deep': DeepViT(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=20, pool='mean'),
-}
-
-
-def variables_of(model: Any, seed: int = 0) -> Any:
-    random = np.random.default_rng(seed)
-    shapes = flax_vit.parameters.param_shapes(model)
-    flat = {path: jnp.asarray(random.normal(size=shape.shape), model.param_dtype) for path, shape in shapes.items()}
-    return {'params': unflatten_dict(flat)}
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    same = jax.tree.map(lambda a, b: a.dtype == b.dtype and np.array_equal(a, b), one, other)
-    assert all(jax.tree.leaves(same)), same
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
@@ -243,13 +226,13 @@ def test_many_save_and_read_at_once(tmp_path: pathlib.Path) -> None:
 
 
 FORKED = """
-import fcntl, os, signal, time
+import fcntl, os, signal
 from pathlib import Path
 from flax_vit.folder import locked
 with locked(Path()):
     child = os.fork()
     if not child:
-        time.sleep(60)
+        signal.pause()
         os._exit(0)
 try:
     fcntl.flock(os.open('.', os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)

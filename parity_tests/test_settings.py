@@ -98,19 +98,23 @@ def close(found: Any, expected: Any, dtype: str = 'float32') -> None:
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, rtol=0, atol=bound)
 
 
+POINTS = [('simple', 'attend'), ('deep', 'attention_dropout'), ('deep', 'reattn_norm_1')]
+
+
+def is_call_of(point: str, context: Any) -> bool:
+    return (context.module.name, context.method_name) == (point, '__call__')  # not of its `setup`
+
+
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @every_way
-@pytest.mark.parametrize(
-    ('name', 'point'), [('simple', 'attend'), ('deep', 'attention_dropout'), ('deep', 'reattn_norm_1')]
-)
+@pytest.mark.parametrize(('name', 'point'), POINTS)
 def test_an_ablated_attention_map_attends_to_nothing(name: str, point: str, way: str, dtype: str) -> None:
     """As if all values were zero; DeepViT's re-attention has no bias here."""
     model, variables = in_a_way(name, way, dtype)
 
     def zeroed(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
         result = method(*args, **kwargs)
-        called = context.module.name == point and context.method_name == '__call__'
-        return jnp.zeros_like(result) if called else result
+        return jnp.zeros_like(result) if is_call_of(point, context) else result
 
     with nn.intercept_methods(zeroed):
         ablated = jax.jit(lambda variables: model.apply(variables, IMAGES))(variables)
@@ -118,6 +122,74 @@ def test_an_ablated_attention_map_attends_to_nothing(name: str, point: str, way:
     close(ablated, expected, dtype)
     with pytest.raises(AssertionError):  # otherwise nothing would be shown
         close(logits_of(name, dtype), expected, dtype)
+
+
+@pytest.mark.parametrize('way', [*WAYS, 'everything'])
+@pytest.mark.parametrize(('name', 'point'), [POINTS[0], POINTS[2]])
+def test_gradients_go_through_a_map_that_is_put_in_place(name: str, point: str, way: str) -> None:
+    """A factor on the maps is one on the values, and so is its gradient; in float64, whose standard is 1e-11."""
+    with jax.enable_x64(True):
+        options = WAYS['in-chunks'] | WAYS['scanned'] if way == 'everything' else WAYS[way]
+        model: Any = MODELS[name].clone(**options, dtype='float64')
+        variables = jax.tree.map(lambda array: array.astype('float64'), variables_of(name))
+        variables = stack_layers(variables) if model.scan_layers else variables
+
+        def by_maps(factor: Any) -> Any:
+            def weighed(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+                result = method(*args, **kwargs)
+                return result * factor if is_call_of(point, context) else result
+
+            with nn.intercept_methods(weighed):
+                return (model.apply(variables, IMAGES) ** 2).sum()
+
+        def by_values(factor: Any) -> Any:
+            def weighed(path: Any, array: Any) -> Any:
+                values = array.shape[-1] // 3 * 2
+                return array.at[..., values:].multiply(factor) if path[-2].key == 'to_qkv' else array
+
+            return (model.apply(jax.tree_util.tree_map_with_path(weighed, variables), IMAGES) ** 2).sum()
+
+        found, expected = (jax.jit(jax.value_and_grad(loss))(jnp.asarray(0.7)) for loss in (by_maps, by_values))
+    assert float(expected[1]) != 0
+    np.testing.assert_allclose(found, expected, rtol=1e-11, atol=0)
+
+
+@both_models
+def test_looking_at_a_map_changes_no_bit(name: str) -> None:
+    def look(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        return method(*args, **kwargs)
+
+    with nn.intercept_methods(look):
+        looked = jax.jit(lambda *given: MODELS[name].apply(*given))(variables_of(name), IMAGES)
+    np.testing.assert_array_equal(looked, logits_of(name))
+
+
+@pytest.mark.parametrize('way', [*WAYS, 'everything'])
+@both_models
+def test_without_jit_nothing_is_compiled_twice(name: str, way: str) -> None:
+    """In bfloat16, which chooses its products by platform, as well."""
+    compiled: list[str] = []
+
+    def listen(event: str, duration_secs: float, **keywords: str | int) -> None:
+        if event == '/jax/core/compile/backend_compile_duration':
+            compiled.append(event)
+
+    options = WAYS['in-chunks'] | WAYS['scanned'] if way == 'everything' else WAYS[way]
+    variables = stack_layers(variables_of(name)) if options.get('scan_layers') else variables_of(name)
+    for dtype in ('float32', 'bfloat16'):
+        model = MODELS[name].clone(**options, dtype=dtype)
+        first = model.apply(variables, IMAGES)
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            again = model.apply(variables, IMAGES)
+            assert not compiled
+            jax.jit(lambda x: x + 1)(again)
+            assert len(compiled) == 1  # this is how it is heard
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        compiled.clear()
+        np.testing.assert_array_equal(again, first)
+        close(again, logits_of(name, dtype), dtype)
 
 
 @both_models

@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from on_devices import OTHER_FIELDS, training_state
 from orbax.checkpoint import v1 as orbax
-from test_pretrained import assert_equal, variables_of
-from test_readme import ROOT, blocks
+from pages import ROOT, blocks
+from small_models import assert_equal, variables_of
 
 from flax_vit import (
     DeepViT,
@@ -48,7 +48,7 @@ def start(*arguments: str) -> 'subprocess.Popen[str]':
 
 
 def result(process: 'subprocess.Popen[str]') -> Any:
-    printed, complaint = process.communicate(timeout=300)
+    printed, complaint = process.communicate(timeout=1800)
     assert process.returncode == 0, complaint
     return json.loads(printed.splitlines()[-1])
 
@@ -81,12 +81,15 @@ def test_on_eight_devices(name: str, folders: dict[str, pathlib.Path]) -> None:
 def test_a_mesh_with_explicit_axes(name: str, folders: dict[str, pathlib.Path]) -> None:
     """jax.make_mesh's default: the same numbers as on one device, lying where the images and the parameters do."""
     facts = result(start('explicit', str(folders[name])))
-    assert len(facts) == 4
+    assert len(facts) == 3
     for way, found in facts.items():
         assert found['axes'] == ['Explicit', 'Explicit']
         assert found['logits'] <= 1e-12, way  # as above
         assert found['gradients'] <= 1e-11, way
         assert found['split'] == ['data', None], way
+        assert max(found['in the mesh']) <= 1e-12, way
+        assert found['features'] <= 1e-11, way  # of attention maps too, whose entries are small beside their softmax
+        assert found['features split'] == ['data'], way
         assert found['gradients lie as parameters'], way
 
 
@@ -204,7 +207,7 @@ def run_twice(script: str, folder: pathlib.Path) -> None:
             processes.append(subprocess.Popen([sys.executable, '-c', script, complaint.stem], cwd=folder, stderr=file))
     try:
         for process in processes:
-            process.wait(timeout=300)
+            process.wait(timeout=1800)
     finally:
         for process in processes:
             process.kill()  # one that waits for another that has died
