@@ -1,4 +1,4 @@
-"""The way back: a converted folder to a checkpoint that PyTorch loads."""
+"""A converted folder to a checkpoint that PyTorch loads."""
 
 from pathlib import Path
 from typing import Any

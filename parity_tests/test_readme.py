@@ -61,9 +61,14 @@ def flax_vit(command: str, folder: pathlib.Path) -> None:
         assert ended.returncode == 0, ended.stderr
 
 
-def test_tpu_without_torch(folder: pathlib.Path) -> None:
-    """The whole way but for the proof, on eight devices: converted, loaded, split, trained, kept, exported."""
-    texts = [text for _, text in blocks(ROOT / 'docs' / 'tpu.md', 'python') if 'convert.verify' not in text]
+@pytest.mark.parametrize('page', ['devices', 'tpu'])
+def test_on_eight_devices_without_torch(page: str, folder: pathlib.Path) -> None:
+    """Split, trained and kept; docs/tpu.md but for its proof."""
+    texts = [
+        text
+        for _, text in blocks(ROOT / 'docs' / f'{page}.md', 'python')
+        if not any(words in text for words in (*ELSEWHERE, 'convert.verify'))
+    ]
     ended = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', WITHOUT_TORCH],
         input='\0'.join(texts),
@@ -74,7 +79,8 @@ def test_tpu_without_torch(folder: pathlib.Path) -> None:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    assert (folder / 'digits-tuned.npz').exists()
+    kept = {'devices': 'spread-vit', 'tpu': 'digits-tuned.npz'}
+    assert (folder / kept[page]).exists()
 
 
 def test_the_two_commands_are_the_makefiles() -> None:

@@ -165,7 +165,7 @@ def trained(**fields: Any) -> tuple[Any, set[bytes], float]:
 
     value, gradients = loss(stack_layers(variables) if model.scan_layers else variables)
     jax.effects_barrier()
-    different = {mask.tobytes(): mask for mask in masks}  # the way back may compute one again
+    different = {mask.tobytes(): mask for mask in masks}  # the backward pass may compute one again
     gradients = unstack_layers(gradients) if model.scan_layers else gradients
     return (value, gradients), set(different), float(np.mean(list(different.values())))
 
