@@ -7,7 +7,7 @@ from flax_vit.lazy import lazily
 if TYPE_CHECKING:
     from convert.conversion import Inspection, from_torch, inspect, to_torch
     from convert.errors import ConversionError, ConversionWarning
-    from convert.parity import Report, verify
+    from convert.proof.parity import Report, verify
 else:
     __getattr__, __dir__ = lazily(
         __name__,
@@ -15,11 +15,11 @@ else:
             'ConversionError': 'errors',
             'ConversionWarning': 'errors',
             'Inspection': 'conversion',
-            'Report': 'parity',
+            'Report': 'proof.parity',
             'from_torch': 'conversion',
             'inspect': 'conversion',
             'to_torch': 'conversion',
-            'verify': 'parity',
+            'verify': 'proof.parity',
         },
     )
 

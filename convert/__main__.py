@@ -1,6 +1,6 @@
 """`python -m convert` is `flax-vit`."""
 
-from convert.cli import main
+from convert.command_line.cli import main
 
 if __name__ == '__main__':
     main()

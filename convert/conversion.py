@@ -16,12 +16,14 @@ import numpy as np
 from flax import linen as nn
 
 import flax_vit
-from convert import checkpoint, module, params
 from convert.errors import ConversionError, ConversionWarning
-from convert.fields import Field, resolve
-from convert.layouts import LAYOUTS, Layout, leaves
-from convert.params import Leaf
-from convert.unwrap import Unwrapped, unwrap
+from convert.files import checkpoint
+from convert.recognition import live_module as module
+from convert.recognition import names as params
+from convert.recognition.fields import Field, resolve
+from convert.recognition.layouts import LAYOUTS, Layout, leaves
+from convert.recognition.names import Leaf
+from convert.recognition.unwrap import Unwrapped, unwrap
 from flax_vit import layers
 
 # How the arrays of a model's folder, or of what serve-export wrote, are named.

@@ -6,11 +6,11 @@ from flax_vit.lazy import lazily
 
 if TYPE_CHECKING:
     from flax_vit.deep_vit import DeepViT
-    from flax_vit.hub import push_to_hub
+    from flax_vit.folders.hub import push_to_hub
+    from flax_vit.folders.pretrained import PretrainedWarning, from_pretrained
+    from flax_vit.folders.saving import save_pretrained
     from flax_vit.looking import Features, features
     from flax_vit.nnx_bridge import from_nnx, to_nnx
-    from flax_vit.pretrained import PretrainedWarning, from_pretrained
-    from flax_vit.saving import save_pretrained
     from flax_vit.serving import export_serving
     from flax_vit.sharding import shardings
     from flax_vit.simple_vit import SimpleViT
@@ -21,14 +21,14 @@ else:
         {
             'DeepViT': 'deep_vit',
             'Features': 'looking',
-            'PretrainedWarning': 'pretrained',
+            'PretrainedWarning': 'folders.pretrained',
             'SimpleViT': 'simple_vit',
             'export_serving': 'serving',
             'features': 'looking',
             'from_nnx': 'nnx_bridge',
-            'from_pretrained': 'pretrained',
-            'push_to_hub': 'hub',
-            'save_pretrained': 'saving',
+            'from_pretrained': 'folders.pretrained',
+            'push_to_hub': 'folders.hub',
+            'save_pretrained': 'folders.saving',
             'shardings': 'sharding',
             'stack_layers': 'stacking',
             'to_nnx': 'nnx_bridge',

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from flax_vit.folder import MODELS
+from flax_vit.folders.config import MODELS
 from flax_vit.layers import FLOATS, pair
 
 

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, export
 from jaxtyping import Float
 
-from flax_vit.folder import appearing_whole
+from flax_vit.folders.config import appearing_whole
 from flax_vit.layers import pair
 from flax_vit.parameters import check_variables
 

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
-from convert.demo import digits
+from convert.command_line.demo import digits
 from flax_vit import DeepViT, SimpleViT, features
 
 LEARNING_RATE = 2e-3

@@ -19,7 +19,7 @@ from torch.nn import functional
 from vit_pytorch.deepvit import DeepViT
 from vit_pytorch.simple_vit import SimpleViT
 
-from convert.demo import digits
+from convert.command_line.demo import digits
 
 # vit-pytorch normalises each patch on its own, and 2x2 pixels then say too little: 91 % right, against 98 % with 4x4.
 # heads x dim_head is 48 and no multiple of 64, so vit-pytorch's default dim_head is not a guess that fits.

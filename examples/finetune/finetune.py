@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TimeRemainingColumn
 
 import convert
 import flax_vit
-from convert.demo import FIELDS, checkpoint_path
+from convert.command_line.demo import FIELDS, checkpoint_path
 
 CLASSES = 10
 LEARNING_RATE = 3e-3

@@ -1,5 +1,5 @@
 """What old releases of vit-pytorch compute, by their own source: it makes the golden files, and the reference of
-test_releases.py. `PYTHONPATH=parity_tests python -m golden.make` fetches the releases and writes the files anew.
+test_releases.py. `python -m parity_tests.golden.make` fetches the releases and writes the files anew.
 
 NAME.pt is a state dict as torch saves it; NAME.npz holds the images (batch, channels, height, width), the logits and
 the pooled features that the release's module computes of them in float64, with these weights.
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference import perturbed
 
 from flax_vit.simple_vit import posemb_sincos_2d
+from parity_tests.support.reference import perturbed
 
 FOLDER = Path(__file__).parent
 # All sizes differ that could be taken for each other. DeepViT's images are square.

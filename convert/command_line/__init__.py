@@ -1,0 +1,1 @@
+"""`flax-vit`: what people type and what they read. Imports everything else."""

@@ -1,0 +1,56 @@
+"""A converted folder to a checkpoint that PyTorch loads."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.conversion import to_torch
+from convert.errors import ConversionError
+from flax_vit import from_pretrained
+from flax_vit.folders.config import appearing_whole
+from flax_vit.folders.saving import write_arrays
+
+
+def export(folder: Path, target: Path, *, layout: str | None = None, overwrite: bool = False) -> None:
+    """Write the parameters in `folder` to `target`, a .safetensors or a .pt file, in vit-pytorch's names.
+
+    The file appears whole or not at all.
+
+    Raises:
+        ConversionError: when `target` exists, or has another ending, or when torch is needed and missing.
+        OSError: when there is no such folder, and when the disk does not take the file.
+    """
+    if target.exists() and not overwrite:
+        raise ConversionError(f'{target} exists; give another name, or --overwrite.')
+    if target.suffix not in {'.safetensors', '.pt', '.pth'}:
+        raise ConversionError(f'{target.name} should end in .safetensors or .pt, to say which format is wanted.')
+    state_dict = to_torch(*from_pretrained(folder), layout=layout)
+    with appearing_whole(target) as partial:
+        if target.suffix == '.safetensors':
+            write_arrays(partial, state_dict, {'format': 'pt'})
+        else:
+            _save_pt(state_dict, partial)
+
+
+def _save_pt(state_dict: dict[str, np.ndarray], path: Path) -> None:
+    try:
+        import torch
+    except ImportError as error:
+        raise ConversionError(
+            "Writing a .pt needs torch: pip install torch. A .safetensors doesn't; PyTorch reads it with "
+            'safetensors.torch.load_file.'
+        ) from error
+
+    def tensor(array: np.ndarray) -> Any:
+        if array.dtype.name == 'bfloat16':  # numpy's own types don't have it
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    try:
+        with path.open('wb') as file:
+            torch.save({name: tensor(array) for name, array in state_dict.items()}, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # a full disk; torch speaks of positions instead
+            raise error.__context__ from None
+        raise

@@ -1,0 +1,232 @@
+"""The known mistakes: each is a way to compute a part, or a tensor read wrongly.
+
+The right computation is short. Most mistakes are the right computation with a tensor read wrongly (rows of `to_qkv` in
+another order, a kernel not transposed, queries without their scale), which also explains a parameter that was
+converted wrongly; the rest are arguments of it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+
+from convert.proof.parts import ROUNDINGS, Way, owned, short
+from flax_vit import SimpleViT
+from flax_vit.layers import pair
+
+HIGHEST = "set precision='highest'"
+MAPS = 2**26  # numbers of attention maps that are held to try other heads
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What somebody did otherwise: arguments of a Way and tensors read wrongly."""
+
+    words: str  # after 'matches'
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def applied(self, way: Way) -> Way:
+        return replace(way, **self.fields, tensors={**way.tensors, **self.tensors})
+
+    def and_also(self, other: 'Mistake') -> 'Mistake':
+        words = f'{self.words} and {other.words}'
+        return Mistake(words, {**self.fields, **other.fields}, {**self.tensors, **other.tensors})
+
+
+def mistakes(way: Way, part: str, tokens: int) -> Iterator[Mistake]:
+    """Every known mistake that the part's sizes allow; `tokens` is the number of rows that a block puts out."""
+    tensors = {name: tensor for name, tensor in way.tensors.items() if name.startswith(owned(part))}
+    yield from _mistakes_of_norms(tensors, part, way)
+    yield from _mistakes_of_tensors(tensors, part)
+    if part.startswith('to_patch_embedding'):
+        yield from _mistakes_of_patches(way, tensors)
+    elif part == 'to_latent':
+        yield from _mistakes_of_pooling(way)
+    elif part.endswith('.0'):
+        yield from _mistakes_of_attention(way, tensors, part, tokens)
+    elif part:
+        words = "with the tanh approximation of GELU (flax's default) instead of erf"
+        yield Mistake(words, {'activation': 'tanh'})
+        yield Mistake('with the sigmoid approximation of GELU instead of erf', {'activation': 'sigmoid'})
+        yield Mistake('with ReLU instead of GELU', {'activation': 'relu'})
+    if part == 'transformer.layers.0.0':
+        for words, table in position_mistakes(way.model, way.tensors['pos_embedding']).items():
+            yield Mistake(words, tensors={'pos_embedding': table})
+        if 'cls_token' in way.tensors:
+            yield Mistake('with the class token last instead of first', {'class_token': 'last'})
+    elif part == 'to_latent' or part.startswith('transformer.layers'):
+        yield Mistake('without the residual connection before it', {'left_out': frozenset({'residual'})})
+
+
+def _mistakes_of_norms(tensors: Mapping[str, np.ndarray], part: str, way: Way) -> Iterator[Mistake]:
+    norms = [
+        name.removesuffix('.weight')
+        for name, tensor in tensors.items()
+        if name.endswith('.weight') and tensor.ndim == 1
+    ]
+    groups = {'': norms} | ({f' in {short(norm, part)}': [norm] for norm in norms} if len(norms) > 1 else {})
+    for where, group in groups.items() if norms else ():
+        for epsilon, whose in {1e-6: " (flax's default)", 1e-12: '', 1e-3: ''}.items():
+            words = f'with a LayerNorm epsilon of {epsilon:g}{whose} instead of 1e-05{where}'
+            yield Mistake(words, {'epsilons': dict.fromkeys(group, epsilon)})
+    for norm in norms if part != 'to_latent' else ():
+        yield Mistake(f'without the LayerNorm {short(norm, part)}', {'left_out': frozenset({norm})})
+    if norms:
+        yield Mistake('with n - 1 instead of n in the variance of LayerNorm', {'variance': 'unbiased'})
+
+
+def _mistakes_of_tensors(tensors: Mapping[str, np.ndarray], part: str) -> Iterator[Mistake]:
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1] > 1 and name != 'pos_embedding':
+            yield Mistake(f'with {short(name, part)} transposed', tensors={name: tensor.T})
+        if name.endswith('.bias'):
+            yield Mistake(f'without {short(name, part)}', tensors={name: np.zeros_like(tensor)})
+    for dtype in ('float32', 'bfloat16', 'float16'):
+        rounded = {name: np.asarray(ROUNDINGS[dtype](tensor), np.float64) for name, tensor in tensors.items()}
+        if any(not np.array_equal(rounded[name], tensor) for name, tensor in tensors.items()):
+            yield Mistake(f'with parameters rounded to {dtype} (param_dtype?)', tensors=rounded)
+
+
+def _mistakes_of_patches(way: Way, tensors: Mapping[str, np.ndarray]) -> Iterator[Mistake]:
+    rows, columns = pair(way.model.patch_size)
+    called = {'p1': 'rows', 'p2': 'columns', 'c': 'channels'}
+    first = [name for name in tensors if name.startswith('to_patch_embedding.1.') and way.model.patch_norm]
+    weight = 'to_patch_embedding.2.weight' if way.model.patch_norm else 'to_patch_embedding.1.weight'
+    for order in permutations(called):
+        if order != tuple(called):
+            pattern = f'... ({" ".join(order)}) -> ... (p1 p2 c)'
+            read = partial(rearrange, pattern=pattern, p1=rows, p2=columns)
+            words = f"with a patch's values in the order {', '.join(called[axis] for axis in order)}"
+            yield Mistake(words, tensors={name: read(tensors[name]) for name in (*first, weight)})
+    patterns = {
+        'with the patches column by column instead of row by row': '(h p1) (w p2) c -> (w h) (p1 p2 c)',
+        'with patches of every so many pixels instead of neighbours': '(p1 h) (p2 w) c -> (h w) (p1 p2 c)',
+    }
+    for words, pattern in patterns.items():
+        yield Mistake(words, {'cut': pattern})
+
+
+def _mistakes_of_attention(way: Way, tensors: Mapping[str, np.ndarray], part: str, tokens: int) -> Iterator[Mistake]:
+    qkv_name = f'{part}.to_qkv.weight'
+    out_name = next(name for name in tensors if name.startswith(f'{part}.to_out') and name.endswith('weight'))
+    qkv, out = tensors[qkv_name], tensors[out_name]
+    inner_dim = out.shape[1]
+    dim_head = inner_dim // way.heads
+
+    def read(split: str) -> dict[str, np.ndarray]:
+        return {qkv_name: rearrange(qkv, f'({split}) n -> (qkv h d) n', qkv=3, h=way.heads)}
+
+    for axes in permutations(('qkv', 'h', 'd')):
+        split = ' '.join(axes)
+        if split != 'qkv h d':
+            yield Mistake(f"if to_qkv is split as '({split})' instead of '(qkv h d)'", tensors=read(split))
+    thirds = dict(zip('qkv', np.split(qkv, 3), strict=True))
+    for order in permutations('qkv'):
+        if order != ('q', 'k', 'v'):
+            taken = np.concatenate([thirds['qkv'[order.index(name)]] for name in 'qkv'])
+            yield Mistake(f'if the thirds of to_qkv are taken as {", ".join(order)}', tensors={qkv_name: taken})
+    joined = {out_name: rearrange(out, 'n (d h) -> n (h d)', h=way.heads)}
+    yield Mistake("if the heads are joined as '(d h)' instead of '(h d)'", tensors=joined)
+    yield Mistake("if '(d h)' is meant instead of '(h d)', split and joined", tensors=read('qkv d h') | joined)
+    yield Mistake('if the heads are joined by a reshape without moving their axis', {'join': 'reshape'})
+
+    scales = {'without the scale': 1.0, 'with the scale 1 / dim_head': 1 / dim_head}
+    scales |= {f'with the scale {qkv.shape[1]}**-0.5 (dim) instead of {dim_head}**-0.5': qkv.shape[1] ** -0.5}
+    if inner_dim != qkv.shape[1]:
+        scales[f'with the scale {inner_dim}**-0.5 (heads x dim_head) instead of {dim_head}**-0.5'] = inner_dim**-0.5
+    for words, scale in scales.items():
+        # as good as the wrong scale: queries that are larger by as much
+        factors = np.where(np.arange(3 * inner_dim) < inner_dim, scale * dim_head**0.5, 1.0)
+        yield Mistake(words, tensors={qkv_name: qkv * factors[:, None]})
+    yield Mistake('with the softmax over queries instead of keys', {'softmax_axis': -2})
+    yield Mistake('with the softmax over heads instead of keys', {'softmax_axis': 0})
+    if f'{part}.reattn_weights' not in tensors:
+        for heads in range(1, inner_dim + 1):
+            if inner_dim % heads == 0 and heads != way.heads and heads * tokens**2 <= MAPS:
+                yield Mistake(f'if heads={heads} instead of {way.heads}', {'heads': heads})
+        return
+    identity = {f'{part}.reattn_weights': np.eye(way.heads)}
+    yield Mistake('without re-attention', {'left_out': frozenset({'re-attention'})})
+    yield Mistake('without the mixing of heads, but with its LayerNorm', tensors=identity)
+    for axis, called in {1: 'queries', 2: 'keys'}.items() if tokens == way.heads else ():
+        yield Mistake(f'with re-attention normalised over {called} instead of heads', {'reattention_axis': axis})
+
+
+def _mistakes_of_pooling(way: Way) -> Iterator[Mistake]:
+    ways = {
+        'cls': 'the class token',
+        'mean': 'the mean of all tokens',
+        'mean of the others': 'the mean of all tokens but the first',
+        'last': 'the last token',
+    }
+    if isinstance(way.model, SimpleViT):
+        ways['cls'] = 'the first token'
+    for pool, called in ways.items():
+        if pool != way.pool:
+            yield Mistake(f'if pooled by {called} instead of {ways[way.pool]}', {'pool': pool})
+    if way.final_norm:
+        yield Mistake('without the LayerNorm before pooling (it is in the head, or nowhere)', {'final_norm': None})
+        yield Mistake('with the LayerNorm after instead of before pooling', {'norm_when': 'after'})
+    for head in ('mlp_head.0', 'linear_head.0'):
+        if f'{head}.bias' in way.tensors:
+            yield Mistake(f'with the LayerNorm {head} before pooling instead of in the head', {'final_norm': head})
+            yield Mistake(
+                f'with the LayerNorm {head} already in the pooled features', {'final_norm': head, 'norm_when': 'after'}
+            )
+
+
+def position_mistakes(model: nn.Module, right: np.ndarray) -> dict[str, np.ndarray]:
+    """Position tables that are wrong, by the words for it."""
+    tables = {'without positions': np.zeros_like(right)}
+    if not isinstance(model, SimpleViT):
+        return tables | {
+            'if the class token takes the last position': np.roll(right, 1, axis=1),
+            "if the patches start at the class token's position": np.roll(right, -1, axis=1),
+            'if the class token gets no position': np.concatenate([0 * right[:, :1], right[:, 1:]], axis=1),
+        }
+    height, width = model.grid
+    quarter = model.dim // 4
+    axes = 'n (side function frequency)'
+    sizes = {'side': 2, 'function': 2}
+    exact = sincos(height, width, quarter, quarter - 1)
+    return tables | {
+        'with the axes of the sincos table swapped (y before x)': np.roll(right, 2 * quarter, axis=1),
+        'with cosines before sines': rearrange(right, f'{axes} -> n side function frequency', **sizes)[
+            :, :, ::-1
+        ].reshape(right.shape),
+        'with sines and cosines in turn': rearrange(right, f'{axes} -> n (side frequency function)', **sizes),
+        'with the sincos table column by column': rearrange(right, '(h w) d -> (w h) d', h=height),
+        'with frequencies of steps 4 / dim instead of 1 / (dim / 4 - 1)': sincos(height, width, quarter, quarter),
+        'with the sincos table computed in float64': exact,
+        'with the sincos table computed in float64, then rounded': exact.astype(np.float32).astype(np.float64),
+    }
+
+
+def sincos(height: int, width: int, quarter: int, steps: int) -> np.ndarray:
+    """The sincos table (tokens, dim) in float64, with `quarter` frequencies."""
+    y, x = (axis.reshape(-1, 1) for axis in np.mgrid[:height, :width])
+    omega = 10_000.0 ** -(np.arange(quarter) / steps)
+    return np.concatenate([function(angle * omega) for angle in (x, y) for function in (np.sin, np.cos)], axis=1)
+
+
+def rounding_mistakes(dtype: str) -> Iterator[Mistake]:
+    """What computes with fewer bits than `dtype` has, or loses them. The words go after 'with'."""
+    order = ['float64', 'float32', 'TF32', 'bfloat16']
+    for coarser in order[order.index(dtype) + 1 :] if dtype in order else ():
+        if coarser == 'float32':
+            yield Mistake('matrix products in float32', {'products': coarser})
+        else:
+            name = 'TF32 or float16' if coarser == 'TF32' else coarser  # both keep 10 bits
+            yield Mistake(f'matrix products in {name} ({HIGHEST})', {'products': coarser})
+        if coarser != 'TF32':
+            yield Mistake(f'the softmax in {coarser}', {'softmax': coarser})
+            yield Mistake(f'the statistics of LayerNorm in {coarser}', {'statistics': coarser})
+    if dtype in {'float64', 'float32'}:
+        words = "the fast variance of LayerNorm (flax's default; use_fast_variance=False)"
+        yield Mistake(words, {'variance': 'fast', 'statistics': dtype})

@@ -1,0 +1,346 @@
+"""The parity report: PyTorch and Flax side by side on the same images, part by part."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
+
+from convert.conversion import Inspection, inspect, place
+from convert.errors import ConversionError
+from convert.proof.causes import causes, table_causes
+from convert.proof.flax_side import FlaxSide
+from convert.proof.measure import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, SMALLEST, Row, Sides, compare, moved, settled
+from convert.proof.torch_side import TorchSide, table_difference
+from convert.recognition.fields import Field
+from convert.recognition.names import differences, leaf
+from flax_vit import DeepViT, SimpleViT
+from flax_vit.layers import floating_dtype, pair
+from flax_vit.parameters import check_variables
+from flax_vit.stacking import unstack_layers
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was compared, and whether the port is right."""
+
+    inspection: Inspection  # a field that nobody gave and the weights don't tell is 'assumed'
+    dtype: str
+    images: int
+    rows: list[Row]
+    gradients: list[Row]
+    table: tuple[float, float] | None  # SimpleViT: the largest difference of the sincos tables, and what it may be
+    predictions: np.ndarray  # the port's classes, in the compared dtype
+    agreement: float  # the share of images for which PyTorch predicts the same
+    logits: Sides  # each (batch, classes)
+    inputs: np.ndarray  # the images
+    seed: int | None  # of random images; None where images were given
+    causes: list[str]  # why the first wrong part is wrong, in words; empty when all outputs are right
+    attention: Mapping[str, tuple[np.ndarray, np.ndarray]]  # of one image: PyTorch's map and the port's, when asked for
+    rounded: str  # 'bfloat16' where the converted parameters are the source's rounded to it, and both sides have them
+
+    @property
+    def criterion(self) -> str:
+        """When a port is right, in words."""
+        gradients = f', and of every gradient at most {GRADIENT_LIMIT:.0e}' if self.gradients else ''
+        text = f'right when in float64 the difference of every part is at most {OUTPUT_LIMIT:.0e}{gradients}'
+        if self.dtype != 'float64':
+            text += (
+                f', and in {self.dtype} the Flax model is at most {RATIO:.0f} times as far from the float64 truth as '
+                'PyTorch itself, in one of as many runs as it takes to rule out chance'
+            )
+        return f'{text}. All relative to the size of what is compared.'
+
+    @property
+    def table_right(self) -> bool:
+        return self.table is None or self.table[0] <= self.table[1]
+
+    @property
+    def right(self) -> bool:
+        return self.table_right and all(row.right for row in self.rows + self.gradients)
+
+    @property
+    def runs(self) -> int:
+        """How often both sides ran in `dtype`."""
+        return self.rows[0].runs
+
+    @property
+    def first(self) -> Row | None:
+        """The first part that is wrong; None where all are right, or only the sincos table is not."""
+        wrong = [row for row in self.rows + self.gradients if not row.right]
+        return next((row for row in wrong if not row.same_function), wrong[0] if wrong else None)
+
+    @property
+    def verdict(self) -> str:
+        """In a sentence, after RIGHT or WRONG."""
+        if self.first is None:
+            if not self.table_right:
+                return 'the sincos table is not that of PyTorch.'
+            weights = f', with the parameters rounded to {self.rounded}' if self.rounded else ''
+            if not self.inspection.assumptions:
+                return f'the Flax model computes what PyTorch does{weights}.'
+            return (
+                f'the Flax model computes what PyTorch does{weights}, if {self.inspection.assumptions}: both sides '
+                'take that from the conversion, and the weights cannot tell. Give what you know as arguments, or '
+                'compare with outputs of your own model (--reference).'
+            )
+        if self.first.same_function and self.table_right:
+            return (
+                f'the same function, computed too coarsely: in float64 both agree, but in {self.dtype} '
+                f'{self.first.label} is {self.first.ratio:.3g} times as far from the truth as PyTorch, at best of '
+                f'{self.runs} run{"s" if self.runs > 1 else ""}; rounding explains {RATIO:.0f} times.'
+            )
+        return f'the Flax model does not compute what PyTorch does. The first difference is in: {self.first.label}.'
+
+
+def verify(
+    source: Any,
+    *,
+    converted: tuple[nn.Module, Mapping[str, Any]] | None = None,
+    images: Any = None,
+    count: int = 8,
+    seed: int = 0,
+    dtype: Any = 'float32',
+    gradients: bool = False,
+    attention: bool = False,
+    key: str | None = None,
+    **overrides: Any,
+) -> Report:
+    """Run vit-pytorch's module and the Flax model on the same images, in float64 and in `dtype`; compare every block.
+
+    Args:
+        source: As of `inspect`.
+        converted: The model and variables to verify; without them, `source` is converted. Where neither the weights nor
+            `overrides` tell a field, both sides have the converted model's. Where its parameters have another dtype
+            than the source's, PyTorch's are rounded to it as well.
+        images: Floating-point numbers (batch, height, width, channels) or (batch, channels, height, width).
+        count: Without `images`, so many random ones are drawn,
+        seed: from this seed.
+        dtype: What is compared beside float64, the name or the type: 'float32', 'bfloat16' or 'float16'.
+        gradients: Whether those of every parameter are compared, too.
+        attention: Whether to keep the attention maps of the image whose logits differ most.
+        key: As of `inspect`,
+        **overrides: and likewise.
+
+    The Flax model runs at the highest precision of matrix products.
+
+    Raises:
+        ConversionError: When torch or vit-pytorch is missing, or `converted` does not fit the source.
+        ValueError: For images that don't fit, or another dtype.
+    """
+    dtype = floating_dtype('dtype', dtype).name
+    if converted:
+        inspection = with_shared_fields(source, converted[0], key=key, **overrides)
+    else:
+        inspection = inspect(source, key=key, **overrides)
+    random = np.random.default_rng(seed)
+    given = images is not None
+    with jax.enable_x64(True):
+        model, variables = converted or (inspection.model, place(inspection))
+        if model.scan_layers:  # for blocks that have a name each
+            model, variables = model.clone(scan_layers=False), unstack_layers(variables)
+        tensors, rounded = tensors_as_converted(inspection, model, variables)
+        if given:
+            images = channels_last(model, variables, images)
+        else:
+            shape = (count, *pair(inspection.model.image_size), inspection.model.channels)
+            images = random.standard_normal(shape, np.float32)
+        parts = labels(inspection.model)
+        torch, flax = TorchSide(inspection, tensors), FlaxSide(model, variables)
+        outputs_shape = len(images), model.num_classes or model.dim
+        weights = random.standard_normal(outputs_shape) if gradients else None
+        outputs, rows = measured(torch, flax, parts, images, weights, dtype)
+        rows, gradient_rows = rows[: len(parts)], rows[len(parts) :]
+        worst = images[rows[-1].worst[0]][None]
+        why = explain(inspection, tensors, model, variables, dtype, images, rows, outputs)
+        maps = attention_maps(torch, flax, worst) if attention else {}
+    predictions = outputs[''].port.argmax(axis=-1)
+    return Report(
+        inspection,
+        dtype,
+        len(images),
+        rows,
+        gradient_rows,
+        table=table_difference(model) if isinstance(model, SimpleViT) else None,
+        predictions=predictions,
+        agreement=float(np.mean(predictions == outputs[''].torch.argmax(axis=-1))),
+        logits=outputs[''],
+        inputs=images,
+        seed=None if given else seed,
+        causes=why,
+        attention=maps,
+        rounded=rounded,
+    )
+
+
+def measured(
+    torch: TorchSide,
+    flax: FlaxSide,
+    parts: Mapping[str, str],
+    images: np.ndarray,
+    weights: np.ndarray | None,
+    dtype: str,
+) -> tuple[dict[str, Sides], list[Row]]:
+    """The outputs of the parts, and a row for each, and for each gradient of the sum of weights x logits."""
+
+    def measure(
+        torch: TorchSide, flax: FlaxSide, images: np.ndarray, weights: np.ndarray | None
+    ) -> tuple[dict[str, Sides], list[Row]]:
+        def sides(run: str, argument: Any) -> dict[str, Sides]:
+            truth, exact = (getattr(side, run)('float64', images, argument) for side in (torch, flax))
+            theirs, ours = truth, exact
+            if dtype != 'float64':
+                theirs, ours = (getattr(side, run)(dtype, images, argument) for side in (torch, flax))
+            return {name: Sides(truth[name], theirs[name], exact[name], ours[name]) for name in truth}
+
+        outputs = sides('outputs', list(parts))
+        rows = [compare(name, label, OUTPUT_LIMIT, dtype, outputs[name]) for name, label in parts.items()]
+        if weights is not None:
+            gradients = sides('gradients', weights)
+            scale = SMALLEST * max(np.abs(each.truth).max() for each in gradients.values())
+            rows += [
+                compare(name, f'gradient of {name}', GRADIENT_LIMIT, dtype, each, scale=scale)
+                for name, each in gradients.items()
+            ]
+        return outputs, rows
+
+    def again(run: int) -> list[Row]:
+        tensors = {name: moved(tensor, dtype, run, name) for name, tensor in torch.tensors.items()}
+        moves = {name: np.subtract(tensors[name], tensor, dtype=np.float64) for name, tensor in torch.tensors.items()}
+        other = None if weights is None else moved(weights, dtype, run, 'weights')
+        return measure(
+            TorchSide(torch.inspection, tensors), flax.moved(moves), moved(images, dtype, run, 'images'), other
+        )[1]
+
+    outputs, rows = measure(torch, flax, images, weights)
+    return outputs, settled(rows, again)
+
+
+def with_shared_fields(source: Any, model: nn.Module, *, key: str | None, **overrides: Any) -> Inspection:
+    """The inspection of a source, with a converted model's fields where nothing else tells them: assumed, in both.
+
+    Raises ConversionError when the model is none of this source.
+    """
+    inspection = inspect(source, key=key, **overrides)
+    ours, theirs = type(model).__name__, inspection.layout.model.__name__
+    if ours != theirs:
+        raise ConversionError(f'The converted model is a {ours}, but {inspection.source} holds a {theirs}.')
+    shared = {name for name, field in inspection.fields.items() if field.how in {'unknown', 'assumed'}}
+    inspection = inspect(source, key=key, **overrides, **{name: getattr(model, name) for name in shared})
+    fields = {
+        name: Field(field.value, 'assumed', 'as the converted model has it') if name in shared else field
+        for name, field in inspection.fields.items()
+    }
+    return replace(inspection, fields=fields)
+
+
+def tensors_as_converted(
+    inspection: Inspection, model: nn.Module, variables: Mapping[str, Any]
+) -> tuple[dict[str, np.ndarray], str]:
+    """The source's tensors by today's names, in the dtypes that the converted parameters have; and which these are.
+
+    Empty where no tensor is rounded. Raises ConversionError when the variables are not of the source's shapes, and
+    ValueError when they are none of the model.
+    """
+    check_variables(model, variables)
+    rules = {leaf(path, array.ndim): array for path, array in flatten_dict(variables['params']).items()}
+    ours = {
+        rule.name: jax.ShapeDtypeStruct(rule.torch_shape(array.shape), array.dtype) for rule, array in rules.items()
+    }
+    tensors = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}
+    theirs, common = inspection.model, [name for name in tensors if name in ours]
+    misshapen = any(tensors[name].shape != ours[name].shape for name in common)
+    if misshapen or labels(model) != labels(theirs) or model.num_classes != theirs.num_classes:
+        shapes, found = ({name: each[name].shape for name in each} for each in (tensors, ours))
+        raise ConversionError(
+            f'The converted model is none of {inspection.source}: is it of another file, or was it converted with '
+            'other fields, say num_classes=0? What only the source has (-), and only the model (+):\n'
+            + '\n'.join(differences(shapes, found))
+        )
+    rounded = set()
+    for name in common:
+        if jnp.promote_types(ours[name].dtype, tensors[name].dtype) != ours[name].dtype:
+            tensors[name] = np.asarray(jnp.asarray(tensors[name], ours[name].dtype))
+            rounded.add(ours[name].dtype.name)
+    return tensors, ' and '.join(sorted(rounded))
+
+
+def channels_last(model: nn.Module, variables: Mapping[str, Any], images: Any) -> np.ndarray:
+    """Images of either order of axes as (batch, height, width, channels), in float32 or float64.
+
+    Raises ValueError when they don't fit the model.
+    """
+    images = np.asarray(images)
+    jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct(images.shape, images.dtype))  # raises it
+    size, channels = pair(model.image_size), model.channels
+    turned = images.shape[1:3] != size and images.shape[2:4] == size  # where both orders fit, channels are last
+    if images.shape[3] != channels or (images.shape[1] == channels and turned):
+        images = np.moveaxis(images, 1, 3)
+    # a copy: JAX's arrays can't be written to, which PyTorch warns of
+    return np.array(images, np.promote_types(images.dtype, np.float32), order='C')
+
+
+def labels(model: nn.Module) -> dict[str, str]:
+    """The parts that are compared, in the order they compute: PyTorch's names and what they are."""
+    parts = {f'to_patch_embedding.{3 if model.patch_norm else 1}': 'patch embedding'}
+    for block in range(model.depth):
+        parts[f'transformer.layers.{block}.0'] = f'block {block} attention'
+        parts[f'transformer.layers.{block}.1'] = f'block {block} feed-forward'
+    return parts | {'to_latent': 'pooled features', '': 'logits' if model.num_classes else 'features'}
+
+
+def explain(
+    inspection: Inspection,
+    tensors: Mapping[str, np.ndarray],
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    dtype: str,
+    images: np.ndarray,
+    rows: list[Row],
+    outputs: Mapping[str, Sides],
+) -> list[str]:
+    """Why the first wrong part is wrong, on the image where it is most so; `tensors` are the source's."""
+    row = next((row for row in rows if not row.same_function), next((row for row in rows if not row.right), None))
+    if row is None:
+        table = table_difference(model) if isinstance(model, SimpleViT) else (0.0, 0.0)
+        found = table_causes(model, model.pos_embedding(), table[1]) if table[0] > table[1] else []
+        return [f'sincos table: {cause}' for cause in found]
+    sides = outputs[row.name]
+    if not np.isfinite(sides.truth).all():
+        return [f"{row.label}: PyTorch's own output is not finite; the weights or the images hold NaN or infinity"]
+    output, run_in = (sides.port, dtype) if row.same_function else (sides.exact, 'float64')
+    worst = np.abs(output - sides.truth).reshape(len(images), -1).max(axis=1).argmax()
+    truth = {name: outputs[name].truth[worst] for name in labels(inspection.model)}  # in computing order
+    found = causes(inspection.model, tensors, images[worst], truth, row.name, output[worst], variables, run_in)
+    return [f'{row.label}: {cause}' for cause in found]
+
+
+def attention_maps(torch: TorchSide, flax: FlaxSide, image: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """PyTorch's and the port's attention maps in float64, each (heads, queries, keys): first, middle and last block.
+
+    `image`: (1, height, width, channels). DeepViT has two a block, before and after re-attention.
+    """
+    kinds = {'': ('attend', 'attend')}  # PyTorch's module that puts out the map, and ours
+    if isinstance(flax.model, DeepViT):
+        kinds = {
+            ', before re-attention': ('dropout', 'attention_dropout'),
+            ', after re-attention': ('reattn_norm.1', 'reattn_norm.1'),  # PyTorch's has the heads last
+        }
+    depth = flax.model.depth
+    names = {
+        f'block {block}{kind}': [f'transformer.layers.{block}.0.{module}' for module in modules]
+        for block in sorted({0, depth // 2, depth - 1})
+        for kind, modules in kinds.items()
+    }
+    theirs = torch.outputs('float64', image, [name for name, _ in names.values()])
+    whole = FlaxSide(flax.model.clone(query_chunk_size=None), flax.variables)  # for maps that are held at once
+    ours = whole.outputs('float64', image, [name for _, name in names.values()])
+
+    def heads_first(name: str, attention: np.ndarray) -> np.ndarray:
+        return np.moveaxis(attention, -1, 0) if 'norm' in name else attention
+
+    return {label: (heads_first(their, theirs[their][0]), ours[our][0]) for label, (their, our) in names.items()}

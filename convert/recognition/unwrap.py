@@ -1,0 +1,238 @@
+"""Trainers' wrappers off: find, in a tree of containers, the one state dict that a layout fits completely.
+
+No list of known words is searched for: wherever a dict holds tensors, and under every beginning of their names, the
+layouts are tried. What is not part of the model is left aside and reported by group.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from convert.errors import ConversionError
+from convert.files.checkpoint import Foreign
+from convert.recognition.layouts import Fit, beginnings, best_fit
+from convert.recognition.relatives import relative
+
+# Counters that profilers leave among the weights; they are no part of any model's function.
+BOOKKEEPING = {'total_ops', 'total_params'}
+# What torch puts into the middle of names where it wraps a part of a model; the part computes the same.
+INSERTED = re.compile(r'(?<=\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.')
+MOST_PLACES = 64  # in one file that are held against the layouts, the likeliest first
+
+
+class Leaf(NamedTuple):
+    """Something in the tree that is no container, and the keys that lead to it."""
+
+    container: tuple[str, ...]
+    name: str
+    value: Any
+
+
+class Place(NamedTuple):
+    """Where a model may be: in a dict, under the names that begin alike."""
+
+    container: tuple[str, ...]
+    beginning: str  # '' or 'module.'
+
+    @property
+    def address(self) -> tuple[str, ...]:
+        return (*self.container, *self.beginning.split('.')[:-1])
+
+    @property
+    def key(self) -> str:
+        return '.'.join(self.address)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Tensors that may be a model's: where they are, and how the best layout fits them."""
+
+    place: Place
+    tensors: Mapping[str, np.ndarray]  # by the rest of their names
+    fit: Fit
+
+    def __str__(self) -> str:
+        size = sum(tensor.nbytes for tensor in self.tensors.values())
+        return f'key={self.place.key!r}: {self.fit.layout}; {len(self.tensors)} tensors, {size:,} bytes'
+
+
+@dataclass(frozen=True)
+class Unwrapped:
+    """The model that was found, and what else there is."""
+
+    address: str  # '' at the top
+    tensors: Mapping[str, np.ndarray]  # in the layout's names, just the model's
+    fit: Fit
+    left_aside: Mapping[str, str]  # group -> what it holds
+
+
+def unwrap(tree: Any, *, key: str | None = None, head: bool = True) -> Unwrapped:
+    """The only model in `tree`, or the one at the address `key` or inside it; without its head if `head` is False.
+
+    Raises ConversionError when there is none, when several differ, or when the best is incomplete or has a name that
+    no layout explains.
+    """
+    leaves = list(walk(tree))
+    found = candidates(leaves, key, head=head)
+    if key is not None:
+        chosen = [candidate for candidate in found if _is_at(candidate.place, key)]
+        chosen = [candidate for candidate in chosen if candidate.place.key == key] or chosen
+        if not chosen:
+            raise ConversionError(f'There is no model at key={key!r}. {_list(found) or _contents(leaves)}')
+        found = chosen
+    different = distinct(candidate for candidate in found if not candidate.fit.problems)
+    if len(different) > 1:
+        raise ConversionError(f'There are several different models here; choose one. {_list(different)}')
+    if not different:
+        raise ConversionError(refusal(leaves, found))
+    model = different[0]
+    names = frozenset(model.fit.names)
+    tensors = {name: tensor for name, tensor in model.tensors.items() if name in names}
+    return Unwrapped(model.place.key, tensors, model.fit, left_aside(leaves, model))
+
+
+def walk(tree: Any) -> Iterator[Leaf]:
+    """Every leaf of the tree, by every way that leads to it; containers that hold themselves are entered once."""
+    stack: list[tuple[tuple[str, ...], Any, tuple[int, ...]]] = [((), tree, ())]
+    while stack:
+        path, node, parents = stack.pop()
+        children: Iterable[tuple[Any, Any]]
+        if isinstance(node, Mapping):
+            children = node.items()
+        elif isinstance(node, list | tuple | set | frozenset):
+            children = enumerate(node)
+        else:
+            yield Leaf(path[:-1], INSERTED.sub('', path[-1]) if path else '', node)
+            continue
+        if id(node) not in parents:
+            stack += reversed([((*path, str(name)), child, (*parents, id(node))) for name, child in children])
+
+
+def candidates(leaves: Iterable[Leaf], key: str | None, *, head: bool) -> list[Candidate]:
+    """What is found where tensors have names that some layout knows, after a beginning of any length.
+
+    A complete model among the names of another (an average that a model keeps of itself) is none of the other's.
+    Raises ConversionError when two tensors have one name.
+    """
+    state_dicts: dict[tuple[str, ...], dict[str, np.ndarray]] = defaultdict(dict)
+    for leaf in leaves:
+        if isinstance(leaf.value, np.ndarray) and leaf.name.rpartition('.')[2] not in BOOKKEEPING:
+            if leaf.name in state_dicts[leaf.container]:
+                raise ConversionError(f'Two tensors have the name {".".join((*leaf.container, leaf.name))!r}.')
+            state_dicts[leaf.container][leaf.name] = leaf.value
+    known = Counter(
+        Place(container, beginning)
+        for container, state_dict in state_dicts.items()
+        for name in state_dict
+        for beginning in beginnings(name)
+    )
+    likeliest = sorted(known, key=lambda place: (key is None or not _is_at(place, key), -known[place]))[:MOST_PLACES]
+    found: list[Candidate] = []
+    for place in sorted(likeliest, key=lambda place: -len(place.beginning)):
+        inside = tuple(
+            other.place.beginning
+            for other in found
+            if other.place.container == place.container and not other.fit.problems
+        )
+        tensors = {
+            name.removeprefix(place.beginning): tensor
+            for name, tensor in state_dicts[place.container].items()
+            if name.startswith(place.beginning) and not name.startswith(inside)
+        }
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        found.append(Candidate(place, tensors, best_fit(shapes, head=head)))
+    return found
+
+
+def _is_at(place: Place, key: str) -> bool:
+    """Whether the place is at that address, or inside it."""
+    return key in ('', place.key) or place.key.startswith(f'{key}.')
+
+
+def distinct(found: Iterable[Candidate]) -> list[Candidate]:
+    """One of each group of equal candidates, the shortest address first."""
+    different: list[Candidate] = []
+    for candidate in sorted(found, key=lambda candidate: len(candidate.place.address)):
+        if not any(equal(candidate, other) for other in different):
+            different.append(candidate)
+    return different
+
+
+def equal(one: Candidate, other: Candidate) -> bool:
+    """Whether two candidates are the same model, bit for bit (so that NaN equals itself)."""
+    return one.fit.layout == other.fit.layout and all(
+        name in other.tensors
+        and one.tensors[name].dtype == other.tensors[name].dtype
+        and one.tensors[name].shape == other.tensors[name].shape
+        and one.tensors[name].tobytes() == other.tensors[name].tobytes()
+        for name in one.fit.names
+    )
+
+
+def left_aside(leaves: Iterable[Leaf], model: Candidate) -> dict[str, str]:
+    """What is not part of the model, grouped where its address parts from the model's."""
+    groups: dict[str, list[Any]] = defaultdict(list)
+    address = model.place.address
+    parts = {(*address, *name.split('.')) for name in model.fit.names}
+    for leaf in leaves:
+        path = (*leaf.container, *leaf.name.split('.'))
+        if path[-1] in BOOKKEEPING:
+            groups[path[-1]].append(leaf.value)
+        elif path not in parts:
+            shared = next(
+                (i for i, (a, b) in enumerate(zip(path, address, strict=False)) if a != b),
+                min(len(path) - 1, len(address)),
+            )
+            groups['.'.join(path[: shared + 1])].append(leaf.value)
+    return {group: describe(values) for group, values in groups.items()}
+
+
+def describe(values: list[Any]) -> str:
+    """'34 tensors', the value itself where there is just one, or '34 tensors and 5 other values'."""
+    tensors = sum(isinstance(value, np.ndarray) for value in values)
+    others = len(values) - tensors
+    if others == 1 and not tensors:
+        value = values[0]
+        return f'{value.name} (not read)' if isinstance(value, Foreign) else repr(value)[:60]
+    counts = [(tensors, 'tensor'), (others, 'other value' if tensors else 'value')]
+    return ' and '.join(f'{count} {what}{"s" if count > 1 else ""}' for count, what in counts if count)
+
+
+def refusal(leaves: list[Leaf], found: list[Candidate]) -> str:
+    """Why nothing here can be converted, and what to do."""
+    shapes = {
+        '.'.join((*leaf.container, leaf.name)): leaf.value.shape
+        for leaf in leaves
+        if isinstance(leaf.value, np.ndarray)
+    }
+    modules = sorted({leaf.value.name for leaf in leaves if isinstance(leaf.value, Foreign)})
+    if not shapes and modules:
+        return (
+            f'There are no tensors here, only objects of {", ".join(modules)}, which are never unpickled. '
+            "Save the state dict where those classes live: torch.save(model.state_dict(), 'weights.pt')."
+        )
+    best = min(found, key=lambda candidate: len(candidate.fit.problems) / len(candidate.fit.names), default=None)
+    if best and (reason := relative({name: tensor.shape for name, tensor in best.tensors.items()})):
+        return reason
+    if not (best and best.fit.advice) and (reason := relative(shapes)):
+        return reason
+    if not best:
+        return f'This is no SimpleViT or DeepViT of vit-pytorch. {_contents(leaves)}'
+    where = f' at {best.place.key!r}' if best.place.key else ''
+    advice = f'\n{best.fit.advice}' if best.fit.advice else ''
+    return f'No layout fits. The nearest is {best.fit.layout}{where}; the difference:\n{best.fit.difference}{advice}'
+
+
+def _list(found: list[Candidate]) -> str:
+    return 'Models here:\n' + '\n'.join(f'  {candidate}' for candidate in found) if found else ''
+
+
+def _contents(leaves: list[Leaf]) -> str:
+    names = ['.'.join((*leaf.container, leaf.name)) for leaf in leaves if isinstance(leaf.value, np.ndarray)]
+    more = f' and {len(names) - 5} more' if len(names) > 5 else ''
+    shown = ', '.join(repr(name)[:100] for name in names[:5])
+    return f'Its tensors are {shown}{more}.' if names else 'There are no tensors here.'

@@ -1,0 +1,417 @@
+"""`flax-vit` as a user calls it: what it prints, what it writes, how it ends."""
+
+import json
+import pathlib
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from vit_pytorch import deepvit, simple_vit
+
+import convert.command_line.commands
+import convert.command_line.demo
+from convert.command_line.cli import cli, main
+from convert.conversion import place
+from flax_vit import DeepViT, from_pretrained, save_pretrained
+
+DIGITS = pathlib.Path(__file__).parents[2] / 'examples' / 'digits'
+FIELDS = ['--image-size', '8', '--patch-size', '4', '--heads', '3']
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def flax_vit(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in an empty folder that holds the digits checkpoints: status, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    for path in DIGITS.glob('*.[ps][ta]*'):
+        shutil.copy(path, tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, 'argv', ['flax-vit', *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        status = ended.value.code
+        assert isinstance(status, int)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_help_teaches(flax_vit: Run) -> None:
+    status, printed, _ = flax_vit('--help')
+    assert status == 0
+    for word in ('inspect', 'convert', 'verify', 'export', 'demo', 'Exit status', '--debug'):
+        assert word in printed
+    for command in ('inspect', 'convert', 'verify', 'export', 'demo'):
+        assert flax_vit(command, '--help')[0] == 0
+
+
+def test_inspect_says_what_it_is_and_the_whole_plan(flax_vit: Run) -> None:
+    status, printed, _ = flax_vit('inspect', 'simple_vit.pt')
+    assert status == 0
+    for words in (
+        'SimpleViT of vit-pytorch 1.4.1 and later',
+        'torch zip archive',
+        'model_state_dict',
+        'float32',
+        'left aside: optimizer_state_dict',
+        'transformer.layers.3.1.net.1.weight',
+        'transformer/layers_3_1/net_1/kernel',
+        'transpose (1, 0)',
+        'as it is',
+        'unknown',
+    ):
+        assert words in printed, words
+
+
+@pytest.mark.parametrize('ending', ['pt', 'safetensors'])
+def test_convert_verify_export_and_back(flax_vit: Run, ending: str) -> None:
+    source = f'simple_vit.{ending}'
+    status, printed, _ = flax_vit('convert', source, 'out', *FIELDS)
+    assert (status, 'Converted to out' in printed, 'verify' in printed) == (0, True, True)
+    assert flax_vit('verify', source, 'out', '--count', '2')[0] == 0
+    for target in ('back.safetensors', 'back.pt'):
+        assert flax_vit('export', 'out', target)[0] == 0
+    original = load_file('simple_vit.safetensors')
+    for written in (load_file('back.safetensors'), torch.load('back.pt')):
+        assert set(written) == set(original)
+        assert all(torch.equal(written[name], original[name]) for name in original)
+    status, printed, _ = flax_vit('inspect', 'out')
+    assert status == 0
+    assert source in printed
+    assert 'scan_layers: inferred' not in printed
+    source_facts = json.loads(pathlib.Path('out/config.json').read_text())['source']
+    assert source_facts['layout']['id'] == 'S3'
+    assert source_facts['fields']['heads'] == 'given'
+
+
+def test_bfloat16_goes_there_and_back_as_pt(flax_vit: Run) -> None:
+    module = deepvit.DeepViT(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=1, mlp_dim=8).bfloat16()
+    torch.save(module.state_dict(), 'weights with spaces.pt')
+    assert flax_vit('convert', 'weights with spaces.pt', 'out')[0] == 0
+    assert flax_vit('export', 'out', 'back.pt')[0] == 0
+    back = torch.load('back.pt')
+    assert all(torch.equal(back[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_float64_keeps_its_bits(flax_vit: Run) -> None:
+    module = deepvit.DeepViT(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=1, mlp_dim=8).double()
+    torch.save(module.state_dict(), 'wide.pt')
+    assert flax_vit('convert', 'wide.pt', 'out')[0] == 0
+    assert flax_vit('export', 'out', 'back.safetensors')[0] == 0
+    back = load_file('back.safetensors')
+    assert all(torch.equal(back[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_verify_tells_wrong_from_right(flax_vit: Run) -> None:
+    """The same weights read with other heads: every shape fits, and the function is another."""
+    assert flax_vit('convert', 'simple_vit.pt', 'out', '--image-size', '8', '--patch-size', '4', '--heads', '4')[0] == 0
+    status, printed, _ = flax_vit('verify', 'simple_vit.pt', 'out', *FIELDS, '--count', '2')
+    assert status == 1
+    assert 'The first difference is in: block 0 attention' in printed
+
+
+def test_verify_on_real_images(flax_vit: Run, tmp_path: pathlib.Path) -> None:
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    for number, image in enumerate(convert.command_line.demo.digits()[2][:3]):
+        Image.fromarray(((image[..., 0] + 1) * 127.5).astype(np.uint8)).resize((20, 30)).save(folder / f'{number}.png')
+    (folder / 'notes.txt').write_text('no image')
+    status, printed, _ = flax_vit('verify', 'deep_vit.pt', '--channels', '1', '--images', str(folder))
+    assert (status, 'of 3 images' in printed) == (0, True)
+    assert flax_vit('verify', 'deep_vit.pt', '--channels', '1', '--images', str(tmp_path))[0] == 2
+    assert flax_vit('verify', 'deep_vit.pt', '--channels', '1', '--images', 'nowhere')[0] == 2
+    (folder / '0.png').write_bytes((folder / '1.png').read_bytes()[:-60])
+    status, _, complaint = flax_vit('verify', 'deep_vit.pt', '--channels', '1', '--images', str(folder))
+    assert (status, '0.png is damaged' in complaint) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['inspect', 'missing.pt'], 'missing.pt: No such file'),
+        (['inspect', 'notes.txt'], 'Error'),
+        (['convert', 'simple_vit.pt', 'out'], 'Give these arguments:\n  image_size'),
+        (['convert', 'simple_vit.pt', '.', *FIELDS], 'holds other files'),
+        (['convert', 'simple_vit.pt', 'out', '--pool', 'cls'], 'SimpleViT has no pool'),
+        (['verify', 'simple_vit.pt', 'nowhere'], 'nowhere'),
+        (['export', 'nowhere', 'x.pt'], 'nowhere'),
+        (['export', 'out', 'x.txt'], 'should end in .safetensors or .pt'),
+        (['export', 'out', 'simple_vit.pt'], 'exists'),
+        (['convert', 'simple_vit.pt', 'out', '--image-size', 'big'], 'is no size'),
+        (['convert', 'simple_vit.pt', 'out', '--heads', '0'], '--heads'),
+        (['convert', 'deep_vit.pt', 'out', '--channels', '1', '--dropout', '2'], '--dropout'),
+        (['convert', 'simple_vit.pt', 'out', *FIELDS, '--param-dtype', 'int8'], 'param_dtype must be float64'),
+        (['frobnicate'], 'No such command'),
+    ],
+)
+def test_bad_input_is_one_paragraph_and_status_2(
+    flax_vit: Run, arguments: list[str], message: str, tmp_path: pathlib.Path
+) -> None:
+    (tmp_path / 'notes.txt').write_text('not a checkpoint')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    status, printed, complaint = flax_vit(*arguments)
+    assert status == 2
+    assert message in complaint
+    assert 'Traceback' not in printed + complaint
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_dropout_is_kept(flax_vit: Run) -> None:
+    fields = ['--channels', '1', '--dropout', '0.1', '--emb-dropout', '0.2']
+    assert flax_vit('convert', 'deep_vit.pt', 'out', *fields)[0] == 0
+    model, _ = from_pretrained('out')
+    assert (model.dropout, model.emb_dropout) == (0.1, 0.2)
+
+
+def test_own_files_and_folders_that_are_not_there(flax_vit: Run) -> None:
+    assert flax_vit('convert', 'simple_vit.pt', 'out', *FIELDS)[0] == 0
+    assert flax_vit('serve-export', 'out', 'served.npz')[0] == 0
+    (weights,) = pathlib.Path('out').glob('model-*')
+    for source in (str(weights), 'out', 'served.npz'):
+        status, _, complaint = flax_vit('convert', source, 'again', *FIELDS)
+        assert status == 2
+        assert "is flax_vit's own, converted already: flax_vit.from_pretrained reads" in ' '.join(complaint.split())
+    others: dict[str, Any] = {'params/img/Transformer/encoderblock_0/LayerNorm_0/scale': np.ones(3)}
+    np.savez('big_vision.npz', **others)
+    status, _, complaint = flax_vit('convert', 'big_vision.npz', 'again', *FIELDS)
+    assert status == 2
+    assert "flax_vit's own" not in complaint
+    for command in ('export', 'serve-export'):
+        status, _, complaint = flax_vit(command, 'out', 'nowhere/x.safetensors')
+        assert (status, 'nowhere is no folder: make it first' in complaint) == (2, True)
+
+
+def test_debug_shows_the_traceback(flax_vit: Run) -> None:
+    status, _, complaint = flax_vit('inspect', 'missing.pt', '--debug')
+    assert status == 2
+    for words in ('Traceback', 'FileNotFoundError', 'Error: missing.pt: No such file'):
+        assert words in complaint
+
+
+@pytest.mark.parametrize(
+    ('error', 'expected', 'words'),
+    [
+        (KeyError('images'), 3, "Not foreseen: KeyError: 'images'"),
+        (EOFError('Ran out of input'), 3, 'Not foreseen: EOFError: Ran out of input'),
+        (AssertionError(), 3, f'--debug, and these versions: python {platform.python_version()}, flax-vit '),
+        (OSError(28, 'No space left on device', 'out'), 2, 'Error: out: No space left on device\n'),
+        (ValueError('[bold] is no field'), 2, 'Error: [bold] is no field\n'),
+        (MemoryError(), 2, 'Error: there is not enough memory.\n'),
+        (KeyboardInterrupt(), 130, 'Interrupted.\n'),
+        (BrokenPipeError(), 141, ''),
+    ],
+    ids=repr,
+)
+def test_only_a_wrong_port_ends_with_1(
+    flax_vit: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, expected: int, words: str
+) -> None:
+    def fail(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(convert.command_line.commands, 'inspect_checkpoint', fail)
+    status, printed, complaint = flax_vit('inspect', 'simple_vit.pt')
+    assert (status, printed, words in complaint, complaint == '') == (expected, '', True, words == '')
+    assert 'Traceback' not in complaint
+
+
+def test_without_torch_it_says_what_to_install(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flax_vit('convert', 'simple_vit.pt', 'out', *FIELDS)[0] == 0
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    status, _, complaint = flax_vit('verify', 'simple_vit.pt', *FIELDS)
+    assert (status, "pip install 'flax-vit[torch]'" in complaint) == (2, True)
+    status, _, complaint = flax_vit('export', 'out', 'x.pt')
+    assert (status, 'pip install torch' in complaint) == (2, True)
+    assert not pathlib.Path('x.pt').exists()
+    assert flax_vit('export', 'out', 'x.safetensors')[0] == 0
+
+
+def test_the_demo_proves_both_models(flax_vit: Run) -> None:
+    status, printed, _ = flax_vit('demo')
+    assert status == 0
+    assert printed.count('RIGHT: the Flax model computes what PyTorch does') == 2
+    assert printed.count('same prediction in float32: 100.00% of 360 images') == 2
+    assert 'flax-vit inspect CHECKPOINT' in printed
+
+
+def test_the_demo_fails_when_the_port_is_wrong(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def misplace(*arguments: Any) -> dict[str, Any]:
+        variables = place(*arguments)
+        variables['params']['to_patch_embedding_1']['bias'] += 1e-5
+        return variables
+
+    monkeypatch.setattr(convert.command_line.demo, 'place', misplace)
+    status, printed, _ = flax_vit('demo')
+    assert (status, printed.count('WRONG: the Flax model does not compute what PyTorch does.')) == (1, 2)
+
+
+def test_the_shipped_digits_models_are_95_percent_right() -> None:
+    for name in convert.command_line.demo.FIELDS:
+        accuracy = torch.load(DIGITS / f'{name}.pt')['accuracy']
+        assert accuracy >= 0.95
+        assert (DIGITS / f'{name}.pt').stat().st_size < 2**20
+
+
+def test_it_is_also_a_module(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, '-m', 'convert', 'convert', str(DIGITS / 'deep_vit.pt'), 'out', '--channels', '1']
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert isinstance(from_pretrained(tmp_path / 'out')[0], DeepViT)
+
+
+def test_a_certified_folder_proves_itself(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, printed, _ = flax_vit('convert', 'simple_vit.pt', 'out', *FIELDS, '--verify')
+    assert (status, 'prove it: flax-vit verify out\n' in printed) == (0, True)
+    card = pathlib.Path('out', 'README.md').read_text()
+    assert '`simple_vit.pt`' in card
+    assert 'Z: the Flax model computes what PyTorch does.' in card.replace('+00:00', 'Z')
+    monkeypatch.setitem(sys.modules, 'vit_pytorch', None)
+    status, printed, _ = flax_vit('verify', 'out', '--json', 'figures.json')
+    assert (status, 'RIGHT' in printed) == (0, True)
+    figures = json.loads(pathlib.Path('figures.json').read_text())
+    assert (figures['right'], figures['command'], 'label' in figures) == (
+        True,
+        'flax-vit verify out --json figures.json',
+        True,
+    )
+    status, printed, _ = flax_vit('inspect', 'out')
+    assert 'the Flax model computes what PyTorch does' in printed
+    assert flax_vit('convert', 'simple_vit.pt', 'plain', *FIELDS)[0] == 0
+    status, _, complaint = flax_vit('verify', 'plain')
+    assert (status, 'convert with --verify' in complaint) == (2, True)
+
+
+def test_what_is_wrong_gets_no_certificate(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    verify = convert.verify
+
+    def with_other_heads(*source: Any, converted: Any, **options: Any) -> Any:
+        model, variables = converted
+        return verify(*source, converted=(model.clone(heads=4, dim_head=12), variables), **options)
+
+    monkeypatch.setattr(sys.modules['convert.proof.parity'], 'verify', with_other_heads)
+    status, printed, _ = flax_vit('convert', 'simple_vit.pt', 'out', *FIELDS, '--verify')
+    assert (status, 'WRONG' in printed) == (1, True)
+    assert not pathlib.Path('out').exists()
+
+
+FEATURES = ['deep.pt', 'out', '--num-classes', '0']
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['deep.pt', 'out'],
+        ['deep.pt', 'out', '--pool', 'mean', '--dropout', '0.1', '--verify'],
+        FEATURES,
+        [*FEATURES, '--verify'],
+        ['two.pt', 'a folder', '--key', 'model_ema'],
+        ['simple.pt', '[bold] and :smile:', '--image-size', '8x12', '--patch-size', '4', '--channels', '3'],
+        ['--heads', '3', '--', '-deep.pt', '-out'],
+    ],
+    ids=' '.join,
+)
+def test_what_is_printed_works_when_it_is_copied(flax_vit: Run, arguments: list[str]) -> None:
+    torch.manual_seed(0)
+    fields = {'patch_size': 4, 'num_classes': 3, 'dim': 16, 'depth': 1, 'heads': 3, 'mlp_dim': 8}
+    modules = [deepvit.DeepViT(image_size=8, **fields) for _ in range(2)]
+    torch.save(modules[0].state_dict(), 'deep.pt')
+    shutil.copy('deep.pt', './-deep.pt')
+    torch.save({'model': modules[0].state_dict(), 'model_ema': modules[1].state_dict()}, 'two.pt')
+    torch.save(simple_vit.SimpleViT(image_size=(8, 12), **fields).state_dict(), 'simple.pt')
+    status, printed, complaint = flax_vit('convert', *arguments)
+    assert status == 0, complaint
+    (use,) = re.findall('^use it: (.*)$', printed, re.MULTILINE)
+    (proof,) = re.findall('^prove it: (.*)$', printed, re.MULTILINE)
+    exec(use.strip(), {'flax_vit': sys.modules['flax_vit']})
+    program, *words = shlex.split(proof)
+    status, printed, complaint = flax_vit(*words)
+    assert (program, status, 'RIGHT' in printed) == ('flax-vit', 0, True), complaint
+
+
+def test_every_option_of_verify_has_its_use() -> None:
+    options = {parameter.name for parameter in cli.commands['verify'].params}
+    taken = frozenset.union(*(way.takes for way in convert.command_line.commands.WAYS.values()))
+    assert options == {'source', *taken}
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'useless'),
+    [
+        (['inspect', 'out', '--heads', '9'], '--heads'),
+        (['inspect', 'out', '--key', 'model', '--image-size', '8x8'], '--key, --image-size'),
+        (['verify', 'out', 'other'], 'OUT'),
+        (['verify', 'out', '--heads', '1', '--count', '8'], '--heads, --count'),
+        (['verify', 'out', '--gradients', '--report', 'r.html', '--json', 'r.json'], '--gradients, --report'),
+        (['verify', 'out', '--reference', 'outputs.npz', '--pool', 'mean'], '--pool'),
+        (['verify', 'deep_vit.pt', 'out', '--reference', 'outputs.npz'], 'OUT'),
+        (
+            ['verify', 'deep_vit.pt', '--reference', 'outputs.npz', '--dtype', 'float32', '--seed', '0'],
+            '--seed, --dtype',
+        ),
+        (['verify', 'deep_vit.pt', '--images', '.', '--seed', '1'], '--seed'),
+    ],
+    ids=lambda value: ' '.join(value) if isinstance(value, list) else '',
+)
+def test_what_would_change_nothing_is_refused(flax_vit: Run, arguments: list[str], useless: str) -> None:
+    assert flax_vit('convert', 'deep_vit.pt', 'out', '--channels', '1')[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in pathlib.Path().rglob('*')}
+    status, printed, complaint = flax_vit(*arguments)
+    assert (status, printed, complaint.count('\n')) == (2, '', 1), complaint
+    named = re.findall(r'--(?!reference)[a-z-]+|OUT', complaint)
+    assert useless.split(', ') == [name for name in named if name != '--images'], complaint
+    assert {path: path.stat().st_mtime_ns for path in pathlib.Path().rglob('*')} == before
+
+
+def test_files_that_are_no_outputs(flax_vit: Run) -> None:
+    """Of a reference, and those that a folder of somebody else keeps."""
+    np.save('one.npy', np.zeros((2, 10), np.float32))
+    np.savez('whole.npz', images=np.zeros((2, 8, 8, 1), np.float32), logits=np.zeros((2, 10), np.float32))
+    pathlib.Path('cut.npz').write_bytes(pathlib.Path('whole.npz').read_bytes()[:-200])
+    np.savez('numbers.npz', images=np.float32(1), logits=np.float32(1))
+    np.savez('other.npz', pictures=np.zeros(3))
+    for name, words in (
+        ('one.npy', 'a single numpy array'),
+        ('cut.npz', "'cut.npz': "),
+        ('numbers.npz', 'images must be an array'),
+        ('other.npz', 'other.npz holds pictures; images and logits are needed'),
+    ):
+        status, _, complaint = flax_vit('verify', 'simple_vit.pt', *FIELDS, '--reference', name)
+        assert (status, words in complaint) == (2, True), complaint
+    model, variables = convert.from_torch('simple_vit.safetensors', image_size=8, patch_size=4, heads=3, channels=1)
+    kept: list[dict[str, np.ndarray]] = [
+        {'batch': np.zeros(3)},
+        {'images': np.zeros((2, 8, 8, 1)), 'float64': np.zeros((3, 10)), 'float32': np.zeros((3, 10))},
+    ]
+    for golden in kept:
+        save_pretrained('out', model, variables, golden=golden)
+        status, _, complaint = flax_vit('verify', 'out')
+        assert (status, 'and not what convert --verify does: images, float64, float32' in complaint) == (2, True)
+
+
+def test_saved_outputs_catch_wrong_heads(flax_vit: Run) -> None:
+    images = convert.command_line.demo.digits()[2][:40].transpose(0, 3, 1, 2)
+    module = simple_vit.SimpleViT(
+        image_size=8, patch_size=4, channels=1, num_classes=10, dim=48, depth=4, heads=3, dim_head=16, mlp_dim=96
+    )
+    module.load_state_dict(load_file('simple_vit.safetensors'))
+    with torch.no_grad():
+        np.savez('outputs.npz', images=images, logits=module(torch.from_numpy(images)).numpy())
+    assert flax_vit('verify', 'simple_vit.pt', *FIELDS, '--reference', 'outputs.npz')[0] == 0
+    wrong = ['--image-size', '8', '--patch-size', '4', '--heads', '4']
+    to_json = ['--reference', 'outputs.npz', '--json', 'figures.json']
+    status, printed, _ = flax_vit('verify', 'simple_vit.pt', *wrong, *to_json)
+    assert (status, 'matches if heads=3 instead of 4' in printed) == (1, True)
+    figures = json.loads(pathlib.Path('figures.json').read_text())
+    assert (figures['right'], figures['causes']) == (False, ['matches if heads=3 instead of 4'])
+    assert flax_vit('convert', 'simple_vit.pt', 'out', *wrong)[0] == 0
+    assert flax_vit('verify', 'out', '--reference', 'outputs.npz')[0] == 1

@@ -1,0 +1,86 @@
+"""What the compilers for a GPU and a TPU, which need no device, make of the models.
+
+They come from the package index. Where that is out of reach the test is skipped.
+"""
+
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from parity_tests.support.pages import ROOT
+
+SCRIPT = ROOT / 'parity_tests' / 'support' / 'on_accelerators.py'
+MAPS = 4096**2 * 6 * 4  # bytes of the attention maps of six heads at 4,096 patches, in float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('target', ['NVIDIA H100', 'TPU v5e'])
+def test_programs_for_accelerators(target: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, SCRIPT, target, ROOT / 'build' / 'compilers'],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+    )
+    if 'could not be fetched' in ended.stderr:
+        pytest.skip(ended.stderr)
+    assert ended.returncode == 0, ended.stderr
+    facts = json.loads(ended.stdout)
+    for name in ('SimpleViT', 'DeepViT'):
+        chunks_of_queries_take_a_quarter_of_the_memory(facts[name]['memory'])
+        what_the_devices_exchange(name, facts[name]['exchanged'])
+
+
+def chunks_of_queries_take_a_quarter_of_the_memory(memory: Any) -> None:
+    for whole, chunked in memory.values():
+        assert whole > MAPS
+        assert chunked < whole / 4
+
+
+def what_the_devices_exchange(name: str, lines: list[str]) -> None:
+    """As many bytes as sharding.py says; how a compiler joins or cuts them is its own affair, but nothing is moved."""
+    tokens = 196 + (name == 'DeepViT')
+    activations = 32 * tokens * 768 * 2  # of a device's images, in bfloat16
+    # to_qkv's, three times as wide, are gathered; the patch projection's, to_out's and the feed-forward's are summed
+    least = 6 * activations
+    expected: float = least
+    if name == 'DeepViT':  # the sum that mixes the maps, which a TPU pads by a third, and the mean of its squares
+        expected += 32 * 12 * tokens**2 * 2 * 4 / 3 + 32 * tokens**2 * 4
+    assert least <= sum(map(largest, lines)) <= 1.02 * expected  # LayerNorm's sums of split features are small
+    assert not any(' all-to-all' in line for line in lines)
+
+
+def largest(line: str) -> int:
+    """Bytes of the largest array that a line of a program names."""
+    found = re.findall(r'(?:bf|f|u)(16|32)\[([\d,]*)\]', line)
+    return max(int(bits) // 8 * math.prod(int(side) for side in shape.split(',') if side) for bits, shape in found)
+
+
+def test_a_compiler_that_cannot_be_fetched(tmp_path: pathlib.Path) -> None:
+    ended = subprocess.run(
+        [
+            sys.executable,
+            ROOT / 'benchmarks' / 'scaling.py',
+            '--target',
+            'TPU v5e',
+            '--compilers',
+            tmp_path / 'compilers',
+        ],
+        env=os.environ | {'PIP_NO_INDEX': '1'},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+    )
+    assert ended.returncode == 1
+    assert 'Traceback' not in ended.stderr
+    assert re.search('libtpu.* could not be fetched', ended.stderr)
+    assert not list((tmp_path / 'compilers').iterdir())

@@ -1,0 +1,455 @@
+"""`verify` names the cause: every slip, put into the port, is told by name, and nothing is named when all is right."""
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.traverse_util import unflatten_dict
+
+import convert
+import flax_vit.deep_vit
+import flax_vit.layers
+import flax_vit.simple_vit
+from convert.proof import causes, mistakes, parts
+from convert.proof.parity import Report, labels, verify
+from convert.proof.torch_side import TorchSide
+from convert.recognition import names as params
+from flax_vit import SimpleViT
+from parity_tests.proof import test_slips
+from parity_tests.proof.test_slips import DEEP, DROPOUT_SLIPS, SIMPLE, SLIPS, Port, Slip
+from parity_tests.support.reference import (
+    CONFIGURATIONS,
+    QUICK,
+    Configuration,
+    channels_first,
+    converted,
+    pytorch,
+    pytorch_outputs,
+    random_images,
+)
+
+EPSILON = "with a LayerNorm epsilon of 1e-06 (flax's default) instead of 1e-05"
+TANH = "with the tanh approximation of GELU (flax's default) instead of erf"
+QKV = "block 0 attention: to_qkv.weight: not the source's, at most … apart; matches"
+POSITIONS = "block 0 attention: pos_embedding: not the source's, at most … apart; matches"
+FAST = "the fast variance of LayerNorm (flax's default; use_fast_variance=False)"
+
+# What `verify` says of each slip in test_slips.py; the dots stand for figures and for names of one model.
+NAMED = {
+    'tanh_gelu': f'block 0 feed-forward: matches {TANH}',
+    'epsilon_of_flax': f'patch embedding: matches {EPSILON}',
+    'epsilon_of_flax_in_reattention': f'block 0 attention: matches {EPSILON}',
+    'fast_variance': f'patch embedding: the error has the size that comes of {FAST}',
+    'softmax_in_float32': 'block 0 attention: … the softmax in float32',
+    'softmax_over_queries': 'block 0 attention: matches with the softmax over queries instead of keys',
+    'square_kernel_not_transposed': (
+        "block 0 attention: to_out. … weight: not the source's, at most … apart; matches with to_out. … transposed"
+    ),
+    'values_first_then_queries_and_keys': f'{QKV} if the thirds of to_qkv are taken as k, v, q',
+    'queries_and_keys_swapped': f'{QKV} if the thirds of to_qkv are taken as k, q, v',
+    'queries_keys_and_values_per_head': (
+        "block 0 attention: matches if to_qkv is split as '(h qkv d)' instead of '(qkv h d)'"
+    ),
+    'heads_inside_their_dimensions': (
+        "block 0 attention: matches if to_qkv is split as '(qkv d h)' instead of '(qkv h d)'"
+    ),
+    'heads_joined_the_wrong_way': "block 0 attention: matches if the heads are joined as '(d h)' instead of '(h d)'",
+    'heads_wrong': 'block 0 attention: matches if heads=6 instead of 4',
+    'scale_missing': f'{QKV} without the scale',
+    'channels_before_the_pixels_of_a_patch': (
+        "patch embedding: matches with a patch's values in the order channels, rows, columns"
+    ),
+    'columns_of_a_patch_before_its_rows': (
+        "patch embedding: matches with a patch's values in the order columns, rows, channels"
+    ),
+    'patches_column_by_column': 'patch embedding: matches with the patches column by column instead of row by row',
+    'reattention_transposed': (
+        "block 0 attention: reattn_weights: not the source's, at most … apart; matches with reattn_weights transposed"
+    ),
+    'reattention_normalised_over_keys': (
+        'block 0 attention: matches with re-attention normalised over keys instead of heads'
+    ),
+    'class_token_takes_the_last_position': f'{POSITIONS} if the class token takes the last position',
+    'class_token_without_position': f'{POSITIONS} if the class token gets no position',
+    'pooled_by_the_class_token': (
+        'pooled features: matches if pooled by the class token instead of the mean of all tokens'
+    ),
+    'pooled_by_the_first_token': (
+        'pooled features: matches if pooled by the first token instead of the mean of all tokens'
+    ),
+    'norm_before_pooling': (
+        'pooled features: matches with the LayerNorm mlp_head.0 before pooling instead of in the head'
+    ),
+    'norm_after_pooling': (
+        'pooled features: matches without the LayerNorm before pooling (it is in the head, or nowhere)'
+    ),
+    'sincos_axes_swapped': 'sincos table: matches with the axes of the sincos table swapped (y before x)',
+    # No processor's table is exact: PyTorch's own may be as far away from the port's as this, so it counts as right.
+    'sincos_steps_in_float64': None,
+}
+
+MORE: dict[tuple[str, str], tuple[Slip, str]] = {}
+
+
+def named(cause: str, *configurations: Configuration) -> Callable[[Slip], Slip]:
+    """Registers a slip that only needs telling from the others, and what `verify` says of it."""
+
+    def register(function: Slip) -> Slip:
+        for configuration in configurations or (DEEP, SIMPLE):
+            MORE[configuration.architecture, function.__name__] = function, cause
+        return function
+
+    return register
+
+
+def submodules(port: Port, path: str, function: Callable[..., Any]) -> None:
+    """`function(call, x, keywords, module)` for every call of the submodule at a path."""
+
+    def interceptor(call: Any, arguments: Any, keywords: Any, context: nn.module.InterceptorContext) -> Any:
+        if ('/'.join(context.module.path), context.method_name) == (path, '__call__'):
+            return function(call, arguments[0], keywords, context.module)
+        return call(*arguments, **keywords)
+
+    port.interceptors.append(interceptor)
+
+
+@named(f'block 0 feed-forward: matches {EPSILON} and {TANH}')
+def defaults_of_flax_in_the_feed_forward(port: Port) -> None:
+    port.substitute('gelu', nn.gelu)
+    norm = nn.LayerNorm(use_fast_variance=False)
+    submodules(
+        port,
+        'transformer/layers_0_1/net_0',
+        lambda call, x, keywords, module: norm.apply({'params': module.variables['params']}, x),
+    )
+
+
+@named('block 0 feed-forward: matches with the sigmoid approximation of GELU instead of erf')
+def sigmoid_gelu(port: Port) -> None:
+    port.substitute('gelu', lambda x: x * nn.sigmoid(1.702 * x))
+
+
+@named('patch embedding: matches with a LayerNorm epsilon of 1e-12 instead of 1e-05')
+def epsilon_of_bert(port: Port) -> None:
+    layer_norm = nn.LayerNorm(epsilon=1e-12, use_fast_variance=False)
+    port.substitute('layer_norm', lambda self: layer_norm.clone(), flax_vit.layers.Layer)
+
+
+@named("block 0 feed-forward: net.1.bias: not the source's, at most … apart; matches without net.1.bias")
+def bias_missing(port: Port) -> None:
+    port.change('layers_0_1/net_1/bias', jnp.zeros_like)
+
+
+@named(
+    "patch embedding: to_patch_embedding.1. … 4 more: not the source's, at most … apart; "
+    'matches with parameters rounded to bfloat16 (param_dtype?)'
+)
+def parameters_rounded(port: Port) -> None:
+    port.change('', lambda parameter: parameter.astype(jnp.bfloat16).astype(parameter.dtype))
+
+
+@named("block 0 attention: norm.weight: not the source's, at most … apart; PyTorch's times 1.25")
+def scale_of_a_norm_grown(port: Port) -> None:
+    port.change('layers_0_0/norm/scale', lambda scale: 1.25 * scale)
+
+
+@named('patch embedding: matches without the LayerNorm to_patch_embedding.3')
+def norm_missing(port: Port) -> None:
+    submodules(port, 'to_patch_embedding_3', lambda call, x, keywords, module: x)
+
+
+@named('block 0 attention: matches with the scale … (dim) instead of 6**-0.5')
+def scaled_by_dim(port: Port) -> None:
+    factor = (port.model.dim_head / port.model.dim) ** 0.5
+    submodules(
+        port,
+        'transformer/layers_0_0/to_qkv',
+        lambda call, x, keywords, module: call(x).at[..., : module.features // 3].multiply(factor),
+    )
+
+
+@named('block 0 attention: matches with the softmax over queries instead of keys', SIMPLE)
+def softmax_over_queries(port: Port) -> None:
+    port.substitute_softmax(lambda x: nn.softmax(x, axis=-2))
+
+
+@named('block 0 attention: matches without re-attention', DEEP)
+def reattention_missing(port: Port) -> None:
+    submodules(port, 'transformer/layers_0_0/reattn_norm_1', lambda call, x, keywords, module: x)
+
+
+@named('block 0 attention: matches without the LayerNorm reattn_norm.1', DEEP)
+def reattention_not_normalised(port: Port) -> None:
+    def mixed(call: Any, attn: Any, keywords: Any, module: Any) -> Any:
+        return jnp.einsum('bhij,hg->bgij', attn, keywords['mix'])
+
+    submodules(port, 'transformer/layers_0_0/reattn_norm_1', mixed)
+
+
+@named('block 0 feed-forward: matches without the residual connection before it')
+def residual_missing(port: Port) -> None:
+    attended: list[Any] = []
+
+    def keep(call: Any, x: Any, keywords: Any, module: Any) -> Any:
+        attended.append(call(x, **keywords))
+        return attended[-1]
+
+    submodules(port, 'transformer/layers_0_0', keep)
+    submodules(port, 'transformer/layers_0_1', lambda call, x, keywords, module: call(attended.pop(), **keywords))
+
+
+@named('pooled features: matches if pooled by the mean of all tokens but the first instead of the mean', DEEP)
+def pooled_without_the_class_token(port: Port) -> None:
+    transformed: list[Any] = []
+
+    def keep(call: Any, x: Any, keywords: Any, module: Any) -> Any:
+        transformed.append(call(x, **keywords))
+        return transformed[-1]
+
+    submodules(port, 'transformer', keep)
+    submodules(port, 'to_latent', lambda call, x, keywords, module: call(transformed.pop()[:, 1:].mean(axis=1)))
+
+
+@named('block 0 attention: matches with the axes of the sincos table swapped (y before x)', SIMPLE)
+def sincos_axes_swapped_in_the_model(port: Port) -> None:
+    swap_table(port, lambda table: np.roll(table, table.shape[1] // 2, axis=1))
+
+
+@named('block 0 attention: matches without positions', SIMPLE)
+def sincos_table_missing(port: Port) -> None:
+    swap_table(port, np.zeros_like)
+
+
+def swap_table(port: Port, function: Callable[[np.ndarray], np.ndarray]) -> None:
+    """The port alone has another table; the reference keeps the right one."""
+
+    def swapped(call: Any, x: Any, keywords: Any, module: Any) -> Any:
+        table = port.model.pos_embedding()
+        return call(x + (function(table) - table.astype(np.float64)), **keywords)
+
+    submodules(port, 'transformer', swapped)
+
+
+@named("logits: none of the … known mistakes fits: it is PyTorch's times 1.5")
+def logits_grown(port: Port) -> None:
+    deep = port.file is flax_vit.deep_vit
+    submodules(port, 'mlp_head_1' if deep else 'linear_head', lambda call, x, keywords, module: 1.5 * call(x))
+
+
+@named("block 0 feed-forward: none of the … known mistakes fits: it is … from PyTorch's at most … times as large")
+def something_unknown(port: Port) -> None:
+    port.substitute('gelu', lambda x: jnp.sin(x))
+
+
+prepared, inspected = cache(converted), cache(convert.inspect)
+
+
+def run(architecture: str, slip: Slip, monkeypatch: pytest.MonkeyPatch, dtype: str = 'float64') -> Report:
+    """What `verify` finds of a model with a slip in it. Whatever has no part in it is done once, or fast."""
+    monkeypatch.setattr(test_slips, 'converted', prepared)
+    monkeypatch.setattr(import_module('convert.proof.parity'), 'inspect', inspected)
+    if dtype == 'float64':
+        monkeypatch.setattr(jax, 'jit', partial(jax.jit, compiler_options=QUICK))
+    port = Port.of({'DeepViT': DEEP, 'SimpleViT': SIMPLE}[architecture], monkeypatch)
+    slip(port)
+    with ExitStack() as stack:
+        for interceptor in port.interceptors:
+            stack.enter_context(nn.intercept_methods(interceptor))
+        variables = {'params': unflatten_dict(port.params, sep='/')}
+        return verify(port.module, converted=(port.model, variables), images=port.images, dtype=dtype)
+
+
+def assert_named(report: Report, cause: str) -> None:
+    """One cause, and these words of it, in their order."""
+    assert not report.right
+    (found,) = report.causes
+    pieces, rest = cause.split(' … '), found
+    assert rest.startswith(pieces[0]), found
+    for piece in pieces:
+        assert piece in rest, (found, piece)
+        rest = rest.split(piece, 1)[1]
+
+
+def test_every_slip_has_its_cause() -> None:
+    assert {name for _, name in SLIPS} == NAMED.keys()
+
+
+@pytest.mark.parametrize(('architecture', 'name'), SLIPS, ids=map('-'.join, SLIPS))
+def test_slip(architecture: str, name: str, monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
+    report, cause = run(architecture, SLIPS[architecture, name], monkeypatch), NAMED[name]
+    if cause is None:
+        assert report.right
+        assert report.causes == []
+    else:
+        assert_named(report, cause)
+
+
+@pytest.mark.parametrize(('architecture', 'name'), MORE, ids=map('-'.join, MORE))
+def test_more(architecture: str, name: str, monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
+    slip, cause = MORE[architecture, name]
+    assert_named(run(architecture, slip, monkeypatch), cause)
+
+
+@pytest.mark.parametrize('architecture', ['DeepViT', 'SimpleViT'])
+@pytest.mark.parametrize(('mantissa_bits', 'name'), [(10, 'TF32 or float16'), (7, 'bfloat16')])
+def test_products_of_fewer_bits(
+    architecture: str, mantissa_bits: int, name: str, monkeypatch: pytest.MonkeyPatch, float64: None
+) -> None:
+    """Float64 is right, float32 is not: what a GPU or TPU does to matrix products unless it is told not to."""
+
+    def einsum(equation: str, x: jax.Array, y: jax.Array, **keywords: Any) -> jax.Array:
+        if x.dtype == jnp.float32:
+            x, y = (jax.lax.reduce_precision(each, 8, mantissa_bits) for each in (x, y))
+        return jnp.einsum(equation, x, y, **keywords)
+
+    def slip(port: Port) -> None:
+        port.substitute('jnp', SimpleNamespace(**{**vars(jnp), 'einsum': einsum}), flax_vit.layers)
+        port.images -= 1000
+
+    report = run(architecture, slip, monkeypatch, 'float32')
+    assert_named(report, f"patch embedding: matches with matrix products in {name} (set precision='highest')")
+
+
+@pytest.mark.parametrize('architecture', ['DeepViT', 'SimpleViT'])
+def test_fast_variance_in_float32_only(architecture: str, monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
+    def slip(port: Port) -> None:
+        SLIPS[architecture, 'fast_variance'](port)
+        port.images -= 990
+
+    report = run(architecture, slip, monkeypatch, 'float32')
+    assert report.rows[0].exact <= report.rows[0].limit
+    assert_named(report, f'patch embedding: … {FAST}')
+
+
+@pytest.mark.parametrize('architecture', ['DeepViT', 'SimpleViT'])
+def test_no_cause_where_all_is_right(architecture: str, monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
+    report = run(architecture, lambda port: None, monkeypatch)
+    assert report.right
+    assert report.causes == []
+
+
+def assert_parts_right(
+    model: nn.Module, tensors: Mapping[str, np.ndarray], image: np.ndarray, outputs: Mapping[str, np.ndarray]
+) -> None:
+    truth = {part: outputs[part][0] for part in labels(model)}
+    for part, expected in truth.items():
+        way = parts.right_way(model, tensors, part)
+        found = way.compute(part, parts.part_inputs(way, image, truth, part))
+        assert causes.error(found, expected) <= 1e-12, part
+
+
+@pytest.mark.parametrize('name', [name for name in CONFIGURATIONS if not name.endswith(('wide', 'layers'))])
+def test_parts_are_vit_pytorchs(name: str, float64: None) -> None:
+    configuration = CONFIGURATIONS[name]
+    module, images = pytorch(configuration), random_images(configuration, batch=1)
+    model = convert.inspect(module).model
+    outputs = pytorch_outputs(module, channels_first(images))
+    tensors = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    assert_parts_right(model, tensors, images[0], outputs)
+
+
+@pytest.mark.parametrize(
+    ('norm_after_mean', 'patch_norm', 'num_classes'), [(True, True, 3), (True, False, 3), (False, True, 0)]
+)
+def test_parts_of_older_releases_and_without_head(
+    norm_after_mean: bool, patch_norm: bool, num_classes: int, float64: None
+) -> None:
+    fields: dict[str, Any] = {'image_size': (4, 6), 'patch_size': 2, 'heads': 3}
+    model = SimpleViT(
+        **fields, num_classes=num_classes, dim=8, depth=1, mlp_dim=5, dim_head=4, patch_norm=patch_norm,
+        norm_after_mean=norm_after_mean, param_dtype=jnp.float64,
+    )  # fmt: skip
+    images = np.random.default_rng(0).standard_normal((1, 4, 6, 3))
+    variables = model.init(jax.random.key(0), images)
+    source = params.to_torch(model, variables)
+    inspection = convert.inspect(source, **fields, num_classes=num_classes)
+    assert inspection.model.norm_after_mean == norm_after_mean
+    outputs = TorchSide(inspection, source).outputs('float64', images, list(labels(model)))
+    assert_parts_right(model, source, images[0], outputs)
+
+
+@pytest.mark.parametrize('configuration', [DEEP, SIMPLE], ids=lambda configuration: configuration.architecture)
+def test_mistakes_differ(configuration: Configuration, float64: None) -> None:
+    """No two mistakes give the same output, so that whatever is named is named rightly."""
+    module, images = pytorch(configuration), random_images(configuration, batch=1)
+    model = convert.inspect(module).model
+    outputs = pytorch_outputs(module, channels_first(images))
+    tensors = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    truth = {part: outputs[part][0] for part in labels(model)}
+    for part in truth:
+        way = parts.right_way(model, tensors, part)
+        inputs = parts.part_inputs(way, images[0], truth, part)
+        results = {'PyTorch': way.compute(part, inputs)}
+        for mistake in mistakes.mistakes(way, part, len(truth[part])):
+            result = mistake.applied(way).compute(part, inputs)
+            same = [words for words, other in results.items() if causes.error(result, other) <= causes.FITS]
+            assert same == [], (part, mistake.words)
+            results[mistake.words] = result
+
+
+def test_tf32_keeps_ten_bits() -> None:
+    x = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    expected = np.asarray(jax.lax.reduce_precision(jnp.asarray(x), 8, 10))
+    np.testing.assert_array_equal(parts.to_tf32(x), expected)
+    np.testing.assert_array_equal(parts.ROUNDINGS['bfloat16'](x), x.astype(ml_dtypes.bfloat16))
+
+
+def test_sincos_is_the_table() -> None:
+    height, width, dim = 5, 7, 24
+    table = flax_vit.simple_vit.posemb_sincos_2d(height, width, dim)
+    assert np.abs(mistakes.sincos(height, width, dim // 4, dim // 4 - 1) - table).max() <= 7 * 2.0**-23
+
+
+def test_table_in_the_docs_has_every_slip() -> None:
+    """`python -m parity_tests.proof.slips_table` writes it."""
+    names = dict.fromkeys(name for _, name in [*SLIPS, *MORE, *DROPOUT_SLIPS])
+    assert list(rows('docs/slips.md', 'slip')) == ['none', *(name.replace('_', ' ') for name in names)]
+
+
+def rows(page: str, first: str) -> dict[str, list[str]]:
+    """The rows of the page's table whose first column has this head: the other cells by the first."""
+    text = (Path(__file__).parents[2] / page).read_text(encoding='utf-8')
+    (table,) = re.findall(rf'^\| {first} \|.*\n\|---.*\n((?:\|.*\n)+)', text, re.MULTILINE)
+    cells = [[cell.strip() for cell in line.strip('|').split('|')] for line in table.splitlines()]
+    return {name: others for name, *others in cells}
+
+
+# What README.md calls some of the slips.
+IN_README = {
+    'none': 'none',
+    "LayerNorm's fast variance, flax's default": 'fast variance',
+    "LayerNorm's epsilon 1e-6, flax's default": 'epsilon of flax',
+    "tanh GELU, flax's default": 'tanh gelu',
+    'scale of the attention missing': 'scale missing',
+    'norm on the wrong side of the pooling': 'norm after pooling, norm before pooling',
+    'patch values in the order channels, rows, columns': 'channels before the pixels of a patch',
+    'queries and keys swapped': 'queries and keys swapped',
+    're-attention matrix transposed': 'reattention transposed',
+    'dropout after re-attention instead of before': 'dropout after reattention',
+}
+
+
+def test_readme_has_the_figures_of_the_docs() -> None:
+    readme, docs = rows('README.md', 'slip'), rows('docs/slips.md', 'slip')
+    assert readme.keys() == IN_README.keys()
+    for words, figures in readme.items():
+        for column, figure in enumerate(figures):
+            cells = [docs[name][column] for name in IN_README[words].split(', ')]
+            expected = [float(cell) for cell in cells if cell]
+            assert expected == ([] if figure == '–' else [float(figure)]), words
+
+
+def test_readme_counts_the_slips() -> None:
+    readme = (Path(__file__).parents[2] / 'README.md').read_text(encoding='utf-8')
+    assert f'puts {len({name for _, name in [*SLIPS, *DROPOUT_SLIPS]})} known mistakes into' in readme

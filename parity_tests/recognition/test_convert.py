@@ -1,0 +1,236 @@
+"""from_torch, to_torch and inspect, as a caller meets them. The numbers are in test_parity.py, the wrappers in
+test_unwrap.py."""
+
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from vit_pytorch import deepvit, simple_vit
+
+import convert
+from convert import ConversionError, ConversionWarning
+from flax_vit import DeepViT, SimpleViT
+
+SIMPLE: dict[str, Any] = {'image_size': (12, 8), 'patch_size': 4, 'num_classes': 5, 'dim': 16, 'depth': 2, 'heads': 3}
+SIMPLE |= {'mlp_dim': 20, 'dim_head': 7, 'channels': 2}
+DEEP: dict[str, Any] = {**SIMPLE, 'image_size': 8, 'pool': 'mean', 'dropout': 0.2, 'emb_dropout': 0.3}
+# What the weights of these don't tell.
+SIMPLE_FIELDS: dict[str, Any] = {'image_size': (12, 8), 'heads': 3, 'channels': 2}
+DEEP_FIELDS: dict[str, Any] = {'channels': 2, 'pool': 'mean', 'dropout': 0.2, 'emb_dropout': 0.3}
+
+
+@pytest.fixture
+def simple() -> torch.nn.Module:
+    return simple_vit.SimpleViT(**SIMPLE)
+
+
+@pytest.fixture
+def deep() -> torch.nn.Module:
+    return deepvit.DeepViT(**DEEP)
+
+
+def save(module: torch.nn.Module, path: pathlib.Path) -> pathlib.Path:
+    if path.suffix == '.safetensors':
+        save_file(module.state_dict(), path)
+    else:
+        torch.save(module.state_dict(), path)
+    return path
+
+
+@pytest.mark.parametrize('kind', ['state dict', 'arrays', 'module', 'weights.pt', 'weights.pth', 'weights.safetensors'])
+@pytest.mark.parametrize('name', ['simple', 'deep'])
+def test_every_source_gives_the_same_model(
+    kind: str, name: str, tmp_path: pathlib.Path, request: pytest.FixtureRequest
+) -> None:
+    module = request.getfixturevalue(name)
+    fields = SIMPLE_FIELDS if name == 'simple' else DEEP_FIELDS
+    sources = {
+        'state dict': module.state_dict,
+        'arrays': lambda: {name: tensor.numpy() for name, tensor in module.state_dict().items()},
+        'module': lambda: module,
+    }
+    source = sources[kind]() if kind in sources else save(module, tmp_path / kind)
+    model, variables = convert.from_torch(source, **fields)
+    assert model == (SimpleViT(**SIMPLE) if name == 'simple' else DeepViT(**DEEP))
+    written = convert.to_torch(model, variables)
+    assert {name: array.tobytes() for name, array in written.items()} == {
+        name: tensor.numpy().tobytes() for name, tensor in module.state_dict().items()
+    }
+
+
+def test_a_live_module_needs_no_arguments(simple: torch.nn.Module, deep: torch.nn.Module) -> None:
+    assert convert.from_torch(simple)[0] == SimpleViT(**SIMPLE)
+    assert convert.from_torch(deep)[0] == DeepViT(**DEEP)
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32'])
+def test_bits_are_preserved(simple: torch.nn.Module, dtype: str) -> None:
+    module = simple.to(getattr(torch, dtype))
+    model, variables = convert.from_torch(module.state_dict(), **SIMPLE_FIELDS)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(variables)} == {dtype} == {str(jnp.dtype(model.param_dtype))}
+    written = convert.to_torch(model, variables)
+    for name, tensor in module.state_dict().items():
+        assert written[name].dtype == jnp.dtype(dtype)
+        assert written[name].tobytes() == tensor.view(torch.uint8).numpy().tobytes()
+
+
+def test_float64_is_kept_with_x64_and_said_to_be_rounded_without(simple: torch.nn.Module) -> None:
+    state_dict = simple.double().state_dict()
+    with pytest.warns(ConversionWarning, match='float64 weights are rounded to float32.*jax_enable_x64'):
+        _, variables = convert.from_torch(state_dict, **SIMPLE_FIELDS)
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(variables)} == {'float32'}
+    with jax.enable_x64(True):
+        model, variables = convert.from_torch(state_dict, **SIMPLE_FIELDS)
+        written = convert.to_torch(model, variables)
+    assert all(written[name].tobytes() == tensor.numpy().tobytes() for name, tensor in state_dict.items())
+
+
+def test_param_dtype_casts(simple: torch.nn.Module) -> None:
+    model, variables = convert.from_torch(simple.state_dict(), **SIMPLE_FIELDS, param_dtype='bfloat16')
+    assert model.param_dtype == jnp.bfloat16
+    kernel = variables['params']['linear_head']['kernel']
+    expected = simple.state_dict()['linear_head.weight'].numpy().astype(ml_dtypes.bfloat16).T
+    assert np.array_equal(np.asarray(kernel), expected)
+    with pytest.raises(ConversionError, match=r'param_dtype=float64.*jax_enable_x64'):
+        convert.from_torch(simple.state_dict(), **SIMPLE_FIELDS, param_dtype='float64')
+    for wrong in ('int8', 'nonsense'):
+        with pytest.raises(ConversionError, match='dtype'):
+            convert.from_torch(simple.state_dict(), **SIMPLE_FIELDS, param_dtype=wrong)
+
+
+def test_assumptions_are_reported() -> None:
+    module = deepvit.DeepViT(image_size=8, patch_size=4, num_classes=5, dim=16, depth=1, heads=1, mlp_dim=20)
+    with pytest.warns(ConversionWarning, match="pool='cls', channels=3, dropout=0.0"):
+        model, _ = convert.from_torch(module.state_dict())
+    assert model.dim_head == 64
+    inspection = convert.inspect(module.state_dict())
+    assert {name for name, field in inspection.fields.items() if field.how == 'assumed'} == {
+        'image_size', 'patch_size', 'channels', 'pool', 'dropout', 'emb_dropout',
+    }  # fmt: skip
+
+
+def test_what_is_not_known_is_asked_for_by_name(simple: torch.nn.Module) -> None:
+    with pytest.raises(ConversionError) as caught:
+        convert.from_torch(simple.state_dict())
+    message = str(caught.value)
+    assert re.search('image_size: .*image_size=224', message)
+    assert re.search('heads: to_qkv holds 3 x 21, .*heads=3 if dim_head is 7', message)
+    assert re.search('channels: a patch holds 32 values.*channels=2 if patch_size is 4', message)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'heads': 4}, r'heads=4 does not divide 21'),
+        ({'heads': 3, 'dim_head': 8}, r'heads=3 x dim_head=8 is not 21'),
+        ({'dim': 32}, r'dim=32 contradicts the weights: it is 16 by their shapes'),
+        ({'depth': 3}, r'depth=3 contradicts the weights'),
+        ({'num_classes': 7}, r'num_classes=7 contradicts the weights'),
+        ({'channels': 3}, r'channels=3 does not divide 32'),
+        ({'patch_size': 5}, r'patch_size=5 .*does not fit'),
+        ({'channels': 2, 'patch_size': 2}, r'patch_size=2 with channels=2 does not fit'),
+        ({'pool': 'cls'}, r'SimpleViT has no pool; its fields are .*image_size'),
+        ({'heads': 0}, r'heads must be a whole number from 1 up, not 0'),
+        ({'image_size': '224'}, r'image_size must be a whole number'),
+        ({'image_size': 7}, r'multiples'),
+        ({'key': 'ema'}, r"no model at key='ema'"),
+    ],
+)
+def test_wrong_fields_are_explained(simple: torch.nn.Module, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        convert.from_torch(simple.state_dict(), **{**({} if 'heads' in fields else SIMPLE_FIELDS), **fields})
+
+
+def test_deep_vit_says_what_contradicts_its_positions(deep: torch.nn.Module) -> None:
+    with pytest.raises(ConversionError, match=r'image_size=12 .*2 x 2 patches of 4, which is 8'):
+        convert.from_torch(deep.state_dict(), **DEEP_FIELDS, image_size=12)
+    state_dict = deep.state_dict()
+    state_dict['pos_embedding'] = torch.zeros(1, 4, 16)
+    with pytest.raises(ConversionError, match='3 is not a square'):
+        convert.from_torch(state_dict, **DEEP_FIELDS)
+
+
+def test_every_difference_is_in_one_message(simple: torch.nn.Module) -> None:
+    state_dict = simple.state_dict()
+    del state_dict['transformer.layers.1.0.norm.bias'], state_dict['linear_head.bias']
+    state_dict['transformer.layers.0.0.to_out.bias'] = torch.zeros(16)
+    state_dict['transformer.layers.0.1.net.1.weight'] = torch.zeros(20, 17)
+    with pytest.raises(ConversionError) as caught:
+        convert.from_torch(state_dict, **SIMPLE_FIELDS)
+    message = str(caught.value)
+    for line in (
+        '- transformer.layers.1.0.norm.bias 16: missing',
+        '- linear_head.bias 5: missing',
+        '+ transformer.layers.0.0.to_out.bias 16: not part of the model',
+        'transformer.layers.0.1.net.1.weight: the shape is 20 x 17, expected 20 x 16',
+    ):
+        assert line in message
+
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_refused(simple: torch.nn.Module, dtype: torch.dtype) -> None:
+    state_dict = {name: tensor.to(dtype) for name, tensor in simple.state_dict().items()}
+    with pytest.raises(ConversionError, match=r'linear_head.weight: (int8|bool|complex64|float8)'):
+        convert.from_torch(state_dict, **SIMPLE_FIELDS)
+
+
+def test_other_sources_are_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConversionError, match=r'path, a state dict or a torch.nn.Module, not a int'):
+        convert.from_torch(3)
+    with pytest.raises(ConversionError, match='There are no tensors here'):
+        convert.from_torch({})
+    with pytest.raises(FileNotFoundError):
+        convert.from_torch(tmp_path / 'missing.pt')
+
+
+def test_to_torch_refuses_what_no_release_computes_and_foreign_variables(simple: torch.nn.Module) -> None:
+    model, variables = convert.from_torch(simple)
+    with pytest.raises(ConversionError, match='No release of vit-pytorch computes'):
+        convert.to_torch(model.clone(patch_norm=False), variables)
+    with pytest.raises(ConversionError, match=r'layout=.D2. does not compute.*S3'):
+        convert.to_torch(model, variables, layout='D2')
+    with pytest.raises(ConversionError, match='transformer/norm/scale'):
+        convert.to_torch(model.clone(depth=1), {'params': {**variables['params'], 'transformer': {}}})
+    with pytest.raises(ConversionError, match=r"\{'params': "):
+        convert.to_torch(model, variables['params'])
+
+
+def test_the_parameters_are_copies(simple: torch.nn.Module) -> None:
+    state_dict = simple.state_dict()
+    _, variables = convert.from_torch(state_dict, **SIMPLE_FIELDS)
+    before = np.array(variables['params']['linear_head']['bias'])
+    state_dict['linear_head.bias'].fill_(7.0)
+    assert np.array_equal(variables['params']['linear_head']['bias'], before)
+
+
+def test_converting_imports_no_torch() -> None:
+    """Both packages import, and a zip checkpoint converts, where there is no torch to import."""
+    script = """
+import sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition('.')[0] in ('torch', 'vit_pytorch'):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NoTorch())
+import convert, flax_vit
+fields = {'image_size': 8, 'patch_size': 4, 'heads': 3}
+for ending in ('pt', 'safetensors'):
+    model, variables = convert.from_torch(f'examples/digits/simple_vit.{ending}', **fields)
+print(type(model).__name__, 'torch' in sys.modules)
+"""
+    root = pathlib.Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', script], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert run.stdout == 'SimpleViT False\n', run.stderr

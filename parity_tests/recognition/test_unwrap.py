@@ -1,0 +1,636 @@
+"""Whatever trainers wrap a model in: it is found, what is left aside is said, and nothing is guessed."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+from torch.optim.swa_utils import AveragedModel
+from vit_pytorch import MAE, Dino, deepvit, simple_flash_attn_vit, simple_vit, simple_vit_with_patch_dropout
+from vit_pytorch.accept_video_wrapper import AcceptVideoWrapper
+from vit_pytorch.extractor import Extractor
+from vit_pytorch.lejepa import LeJEPA
+from vit_pytorch.recorder import Recorder
+from vit_pytorch.simple_vit_with_register_tokens import SimpleViT as WithRegisterTokens
+
+import convert
+from convert import ConversionError, ConversionWarning, inspect
+from convert.recognition.unwrap import MOST_PLACES, unwrap
+from parity_tests.golden.make import port_table
+from parity_tests.support.reference import FLOAT64_BOUND, channels_first, perturbed, relative_error, to_numpy
+
+FIELDS: dict[str, Any] = {'image_size': 8, 'patch_size': 4, 'num_classes': 5, 'dim': 16, 'depth': 2, 'heads': 3}
+FIELDS |= {'mlp_dim': 20, 'dim_head': 7}
+MODELS: dict[str, type[torch.nn.Module]] = {'SimpleViT': simple_vit.SimpleViT, 'DeepViT': deepvit.DeepViT}
+both_models = pytest.mark.parametrize('model', MODELS)
+Tensors = dict[str, torch.Tensor]
+
+
+def module(model: str = 'SimpleViT', seed: int = 0) -> torch.nn.Module:
+    return perturbed(MODELS[model](**FIELDS), seed)
+
+
+def prefixed(prefix: str, tensors: Tensors) -> Tensors:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def arrays(tensors: Tensors) -> dict[str, np.ndarray]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def assert_same(tensors: Any, truth: Tensors) -> None:
+    assert {name: array.tobytes() for name, array in tensors.items()} == {
+        name: to_numpy(tensor).tobytes() for name, tensor in truth.items()
+    }
+
+
+def refusal(source: Any, **options: Any) -> str:
+    with pytest.raises(ConversionError) as caught:
+        inspect(source, **options)
+    return str(caught.value)
+
+
+# ---- wrappers that are modules
+
+
+def dino(inner: torch.nn.Module) -> Any:
+    still = torch.nn.Identity()
+    return Dino(
+        inner, image_size=8, hidden_layer='to_latent', projection_hidden_size=6, projection_layers=2, num_classes_K=7,
+        augment_fn=still, augment_fn2=still,
+    )  # fmt: skip
+
+
+def lejepa(inner: torch.nn.Module) -> torch.nn.Module:
+    still = torch.nn.Identity()
+    return LeJEPA(
+        inner, image_size=8, hidden_layer='to_latent', projection_hidden_size=6, projection_layers=2, num_classes_K=7,
+        augment_fn=still, augment_fn2=still,
+    )  # fmt: skip
+
+
+def mae(inner: torch.nn.Module) -> torch.nn.Module:
+    """Its decoder, as wide as the encoder, itself looks like a Transformer of vit-pytorch."""
+    return MAE(encoder=inner, decoder_dim=16, masking_ratio=0.5, decoder_depth=2)
+
+
+def video(inner: torch.nn.Module) -> torch.nn.Module:
+    return AcceptVideoWrapper(inner, add_time_pos_emb=True, dim_emb=16, time_seq_len=4, output_pos_add_pos_emb=0)
+
+
+parallel, compiled = torch.nn.DataParallel, torch.compile
+# Modules that compute what the one inside computes, and where it is in their state dicts.
+TRANSPARENT: dict[str, tuple[Callable[..., Any], str, list[str]]] = {
+    'DataParallel': (parallel, 'module', []),
+    'compiled': (compiled, '_orig_mod', []),
+    'compiled DataParallel': (lambda inner: compiled(parallel(inner)), '_orig_mod.module', []),
+    'DataParallel of compiled': (lambda inner: parallel(compiled(inner)), 'module', []),
+    'again and again': (lambda inner: parallel(compiled(parallel(parallel(inner)))), 'module.module.module', []),
+    'AveragedModel': (AveragedModel, 'module', ['n_averaged']),
+    'AveragedModel of DataParallel': (lambda inner: AveragedModel(parallel(inner)), 'module.module', ['n_averaged']),
+}
+# Modules that compute something else around it.
+AROUND: dict[str, tuple[Callable[..., Any], str, list[str]]] = {
+    'MAE': (mae, 'encoder', ['mask_token', 'patch_to_emb', 'decoder', 'decoder_pos_emb', 'to_pixels']),
+    'Dino': (dino, 'net', ['teacher_centers', 'last_teacher_centers', 'student_encoder', 'teacher_encoder']),
+    'LeJEPA': (lejepa, 'net', ['encoder']),
+    'Extractor': (Extractor, 'vit', []),
+    'Recorder': (Recorder, 'vit', []),
+    'AcceptVideoWrapper': (video, 'image_net', ['pos_emb']),
+    'a part of a Sequential': (lambda inner: torch.nn.Sequential(torch.nn.BatchNorm2d(3), inner), '1', ['0']),
+    'Extractor of DataParallel': (lambda inner: Extractor(parallel(inner)), 'vit.module', []),
+}
+
+
+@both_models
+@pytest.mark.parametrize('wrapper', TRANSPARENT | AROUND)
+def test_the_state_dict_of_a_wrapper(model: str, wrapper: str, tmp_path: Path) -> None:
+    wrap, address, left_aside = (TRANSPARENT | AROUND)[wrapper]
+    inner = module(model)
+    torch.save(wrap(inner).state_dict(), tmp_path / 'weights.pt')
+    inspection = inspect(tmp_path / 'weights.pt')
+    assert inspection.unwrapped.address == address
+    assert list(inspection.unwrapped.left_aside) == left_aside
+    assert_same(inspection.tensors, inner.state_dict())
+
+
+@both_models
+@pytest.mark.parametrize('wrapper', TRANSPARENT)
+def test_a_live_wrapper_that_computes_the_same(model: str, wrapper: str) -> None:
+    wrap, *_ = TRANSPARENT[wrapper]
+    inner = module(model)
+    inspection = inspect(wrap(inner))
+    assert inspection.model == inspect(inner).model
+    assert_same(inspection.tensors, inner.state_dict())
+
+
+@pytest.mark.parametrize('wrapper', AROUND)
+def test_a_live_wrapper_that_computes_something_else_names_what_it_holds(wrapper: str) -> None:
+    wrap, address, _ = AROUND[wrapper]
+    wrapped = wrap(module())
+    message = refusal(wrapped)
+    assert message.startswith(f'This module is a {type(wrapped).__module__}.{type(wrapped).__qualname__}, which is')
+    assert f'It holds one; pass that: module.get_submodule({address!r})' in message
+
+
+def test_a_part_of_the_model_that_is_wrapped_for_itself() -> None:
+    inner: Any = module()
+    truth = inner.state_dict()
+    inner.transformer = compiled(inner.transformer)
+    for block in inner.transformer.layers:
+        block[0] = compiled(block[0])
+    names = [name for name in inner.state_dict() if '._orig_mod.' in name]
+    assert names
+    inspection = inspect(prefixed('module.', inner.state_dict()))
+    assert not inspection.unwrapped.left_aside
+    assert_same(inspection.tensors, truth)
+    assert 'transformer is a torch._dynamo.eval_frame.OptimizedModule, but a' in refusal(inner)
+
+
+def test_a_trained_dino_asks_which_weights() -> None:
+    inner = module()
+    wrapped = dino(inner)
+    perturbed(inner, seed=1)
+    state_dict = wrapped.state_dict()
+    message = refusal(state_dict)
+    assert message.startswith('There are several different models here; choose one.')
+    size = f'30 tensors, {sum(tensor.nbytes for tensor in inner.state_dict().values()):,} bytes'
+    for key in ('net', 'teacher_encoder.net'):
+        assert f'key={key!r}: SimpleViT of vit-pytorch 1.4.1 and later; {size}' in message
+    assert 'student_encoder' not in message  # the same tensors as net
+    for key in ('net', 'student_encoder', 'student_encoder.net'):
+        assert_same(inspect(state_dict, key=key).tensors, inner.state_dict())
+    for key in ('teacher_encoder', 'teacher_encoder.net'):
+        assert_same(inspect(state_dict, key=key).tensors, wrapped.teacher_encoder.net.state_dict())
+
+
+# ---- what trainers save
+
+
+def optimizer_state(inner: torch.nn.Module) -> dict[str, Any]:
+    """Of an optimiser that has made a step: its averages have the parameters' shapes."""
+    optimizer = torch.optim.AdamW(inner.parameters())
+    inner(torch.zeros(1, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def lightning(inner: torch.nn.Module) -> dict[str, Any]:
+    return {
+        'epoch': 3,
+        'global_step': 12,
+        'pytorch-lightning_version': '2.5.0',
+        'state_dict': prefixed('model.', dict(inner.state_dict())) | {'criterion.weight': torch.ones(5)},
+        'loops': {'fit_loop': {'state_dict': {}, 'epoch_progress': {'total': {'ready': 4}}}},
+        'callbacks': {"ModelCheckpoint{'monitor': 'val.acc'}": {'best_model_score': torch.tensor(0.5)}},
+        'optimizer_states': [optimizer_state(inner)],
+        'lr_schedulers': [{'base_lrs': [1e-3], 'last_epoch': 3}],
+        'hparams_name': 'kwargs',
+        'hyper_parameters': {'lr': 1e-3, 'model': {'dim': 16}},
+    }
+
+
+def timm(inner: torch.nn.Module) -> dict[str, Any]:
+    return {
+        'epoch': 3,
+        'arch': 'simple_vit',
+        'state_dict': prefixed('module.', dict(inner.state_dict())),
+        'optimizer': optimizer_state(inner),
+        'args': argparse.Namespace(lr=0.1, model='simple_vit'),
+        'amp_scaler': {'scale': 65536.0, 'growth_factor': 2.0},
+        'metric': 71.5,
+    }
+
+
+TRAINERS: dict[str, tuple[Callable[[torch.nn.Module], dict[Any, Any]], str, dict[str, str]]] = {
+    'Lightning': (
+        lightning,
+        'state_dict.model',
+        {
+            'epoch': '3', 'global_step': '12', 'pytorch-lightning_version': "'2.5.0'",
+            'state_dict.criterion': '1 tensor', 'loops': '4', 'callbacks': '1 tensor', 'optimizer_states': '',
+            'lr_schedulers': '2 values',
+            'hparams_name': "'kwargs'", 'hyper_parameters': '2 values',
+        },
+    ),
+    'timm': (
+        timm,
+        'state_dict.module',
+        {
+            'epoch': '3', 'arch': "'simple_vit'", 'optimizer': '', 'args': 'argparse.Namespace (not read)',
+            'amp_scaler': '2 values', 'metric': '71.5',
+        },
+    ),
+    'kentaroy47': (
+        lambda inner: {'net': inner.state_dict(), 'acc': 80.1, 'epoch': 7},
+        'net',
+        {'acc': '80.1', 'epoch': '7'},
+    ),
+    'LKCA': (
+        lambda inner: {'epoch': 7, 'model_state_dict': inner.state_dict(), 'loss': torch.tensor(0.5)},
+        'model_state_dict',
+        {'epoch': '7', 'loss': '1 tensor'},
+    ),
+    'lists, numbers': (lambda inner: {3: [None, {'a.b': inner.state_dict()}]}, '3.1.a.b', {'3.0': 'None'}),
+    'netD in DDP': (
+        lambda inner: {'best': prefixed('module.netD.', inner.state_dict()), 'best epoch': 9},
+        'best.module.netD',
+        {'best epoch': '9'},
+    ),
+    'counters of a profiler': (
+        lambda inner: {**inner.state_dict(), 'transformer.total_ops': torch.zeros(1), 'total_params': torch.zeros(1)},
+        '',
+        {'total_ops': '1 tensor', 'total_params': '1 tensor'},
+    ),
+}  # fmt: skip
+
+
+@both_models
+@pytest.mark.parametrize('trainer', TRAINERS)
+def test_a_trainers_checkpoint(model: str, trainer: str, tmp_path: Path) -> None:
+    save, address, left_aside = TRAINERS[trainer]
+    inner = module(model)
+    path = tmp_path / 'last epoch: 12.pth.tar'
+    torch.save(save(inner), path)
+    inspection = inspect(path)
+    assert inspection.unwrapped.address == address
+    assert_same(inspection.tensors, inner.state_dict())
+    found = dict(inspection.unwrapped.left_aside)
+    for optimizer in found.keys() & {'optimizer', 'optimizer_states'}:
+        moments = 3 * len(inner.state_dict())  # with the count of steps
+        assert found.pop(optimizer).startswith(f'{moments} tensors and ')
+    assert found == {group: what for group, what in left_aside.items() if what}
+    assert inspect(path, key=address).unwrapped.address == address
+
+
+def test_what_is_left_aside_is_a_warning() -> None:
+    checkpoint = {'net': module().state_dict(), 'optimizer': {'state': {0: {'exp_avg': torch.ones(3)}}}}
+    told: dict[str, Any] = {'image_size': 8, 'patch_size': 4, 'heads': 3}
+    with pytest.warns(ConversionWarning, match=r'^Left aside, as no part of the model: optimizer: 1 tensor\.$'):
+        convert.from_torch(checkpoint, **told)
+
+
+# ---- several models in one file
+
+
+def two_models() -> tuple[Tensors, Tensors]:
+    return dict(module().state_dict()), dict(module(seed=1).state_dict())
+
+
+@pytest.mark.parametrize(
+    ('raw', 'average'),
+    [('state_dict', 'state_dict_ema'), ('model', 'model_ema'), ('last', 'best'), ('model', 'model.ema'), ('x', 'x:2')],
+)
+def test_averaged_and_raw_weights_are_never_mixed(raw: str, average: str) -> None:
+    one, other = two_models()
+    checkpoint = {raw: one, average: prefixed('module.', other), 'epoch': 1}
+    message = refusal(checkpoint)
+    assert f'key={raw!r}: SimpleViT' in message
+    assert f"key='{average}.module': SimpleViT" in message
+    assert_same(inspect(checkpoint, key=raw).tensors, one)
+    chosen = inspect(checkpoint, key=average)
+    assert_same(chosen.tensors, other)
+    assert chosen.unwrapped.left_aside == {raw: '30 tensors', 'epoch': '1'}
+
+
+def test_averaged_weights_among_the_names_of_the_raw_ones() -> None:
+    """The longer names are a complete model; the others are one as well, and not just what is left over."""
+    one, other = two_models()
+    state_dict = one | prefixed('ema.module.', other)
+    message = refusal(state_dict)
+    assert "key='': SimpleViT" in message
+    assert "key='ema.module': SimpleViT" in message
+    raw = inspect(state_dict, key='')
+    assert_same(raw.tensors, one)
+    assert raw.unwrapped.left_aside == {'ema': '30 tensors'}
+    assert_same(inspect(state_dict, key='ema').tensors, other)
+
+
+def test_equal_models_are_one() -> None:
+    one, _ = two_models()
+    checkpoint = {'a': {'deep': one}, 'best': {name: tensor.clone() for name, tensor in one.items()}}
+    inspection = inspect(checkpoint)
+    assert inspection.unwrapped.address == 'best'
+    assert inspection.unwrapped.left_aside == {'a': '30 tensors'}
+    assert inspect(checkpoint, key='a').unwrapped.address == 'a.deep'
+
+
+@pytest.mark.parametrize('change', ['a bit', 'the sign of zero', 'a dtype', 'a name'])
+def test_models_that_differ_in_the_least_are_two(change: str) -> None:
+    one, _ = two_models()
+    other = {name: tensor.clone() for name, tensor in one.items()}
+    if change == 'a bit':
+        other['linear_head.bias'].view(torch.int32)[0] ^= 1
+    elif change == 'the sign of zero':
+        one['linear_head.bias'][0], other['linear_head.bias'][0] = 0.0, -0.0
+    elif change == 'a dtype':
+        one['linear_head.bias'] = one['linear_head.bias'].half()
+        other['linear_head.bias'] = one['linear_head.bias'].view(torch.bfloat16)
+    else:
+        other = dict(perturbed(simple_flash_attn_vit.SimpleViT(**FIELDS)).state_dict())
+    assert 'several different models' in refusal({'one': one, 'other': other})
+
+
+def test_a_function_with_less_weights_is_another_model() -> None:
+    """Without their heads S1 has all that S3 has, but the last norm."""
+    one, _ = two_models()
+    other = {name: tensor for name, tensor in one.items() if not name.startswith('transformer.norm')}
+    message = refusal({'one': one, 'other': other}, num_classes=0)
+    assert "key='one': SimpleViT of vit-pytorch 1.4.1 and later" in message
+    assert "key='other': SimpleViT of vit-pytorch 1.0.0 to 1.2.9" in message
+
+
+def test_not_a_number_equals_itself() -> None:
+    one, _ = two_models()
+    one['linear_head.bias'][0] = float('nan')
+    assert inspect({'one': one, 'other': dict(one)}).unwrapped.address == 'one'
+
+
+def test_a_key_that_leads_nowhere_is_answered_with_those_that_do() -> None:
+    one, other = two_models()
+    message = refusal({'state_dict': one, 'state_dict_ema': other}, key='state')
+    assert message.startswith("There is no model at key='state'. Models here:\n  key='state_dict': SimpleViT")
+    assert "key='state_dict_ema'" in message
+    assert refusal({'a': torch.ones(2)}, key='b') == "There is no model at key='b'. Its tensors are 'a'."
+
+
+def test_a_key_with_a_broken_model_says_how_it_is_broken() -> None:
+    one, other = two_models()
+    del other['linear_head.bias']
+    message = refusal({'one': one, 'other': other}, key='other')
+    assert "at 'other'; the difference:\n  - linear_head.bias 5: missing" in message
+    assert_same(inspect({'one': one, 'other': other}).tensors, one)
+
+
+def test_a_key_finds_one_of_very_many_models() -> None:
+    zoo = {f'model {number}': arrays(module(seed=number).state_dict()) for number in range(MOST_PLACES + 6)}
+    last = list(zoo)[-1]
+    assert unwrap(zoo, key=last).tensors.keys() == zoo[last].keys()
+    assert unwrap(zoo, key=last).tensors['linear_head.bias'] is zoo[last]['linear_head.bias']
+
+
+# ---- containers
+
+
+def test_containers_that_hold_themselves() -> None:
+    tensors = arrays(module().state_dict())
+    tree: dict[str, Any] = {'model': tensors, 'more': []}
+    tree['more'] += [tree, tree['more']]
+    tree['self'] = tree
+    found = unwrap(tree)
+    assert (found.address, found.left_aside) == ('model', {})
+    assert found.tensors == tensors
+
+
+def test_shared_containers_are_found_by_every_address() -> None:
+    tensors = arrays(module().state_dict())
+    tree = {'last': tensors, 'best': tensors}
+    assert unwrap(tree).left_aside == {'best': '30 tensors'}
+    assert (unwrap(tree, key='best').address, unwrap(tree, key='best').left_aside) == ('best', {'last': '30 tensors'})
+
+
+def test_two_tensors_of_one_name_are_an_error() -> None:
+    tensors = arrays(module().state_dict())
+    twice = {**tensors, 'transformer._orig_mod.norm.bias': tensors['transformer.norm.bias'] + 1}
+    with pytest.raises(ConversionError, match=r"Two tensors have the name 'transformer\.norm\.bias'"):
+        unwrap(twice)
+
+
+# ---- incomplete, replaced, more than a model
+
+
+@both_models
+def test_a_head_that_was_cut_off(model: str, float64: None) -> None:
+    """The converter says what helps, and the pooled features come out."""
+    inner: Any = module(model).double()
+    inner.pos_embedding = port_table(h=2, w=2, dim=16) if model == 'SimpleViT' else inner.pos_embedding
+    head = 'linear_head' if model == 'SimpleViT' else 'mlp_head'
+    body = {name: tensor for name, tensor in inner.state_dict().items() if not name.startswith(head)}
+    message = refusal(body, image_size=8)
+    assert f'- {head}.' in message
+    assert message.endswith(
+        f'Only the head, {head}, is missing: num_classes=0 converts the rest, to give the pooled features.'
+    )
+    setattr(inner, head, torch.nn.Identity())
+    images = np.random.default_rng(0).standard_normal((2, 8, 8, 3))
+    truth = inner(channels_first(images)).detach().numpy()
+    for source in (body, inner):
+        told: dict[str, Any] = {'image_size': 8, 'patch_size': 4, 'channels': 3, 'heads': 3, 'num_classes': 0}
+        told |= {} if model == 'SimpleViT' else {'pool': 'cls', 'dropout': 0.0, 'emb_dropout': 0.0}
+        port, variables = convert.from_torch(source, **told)
+        assert relative_error(jax.jit(port.apply)(variables, images), truth) <= FLOAT64_BOUND
+
+
+def linear_probe(inner: Any) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Dropout(), torch.nn.Linear(16, 3))
+
+
+@both_models
+@pytest.mark.parametrize('new', [linear_probe, lambda _: torch.nn.Linear(16, 3, bias=False)], ids=['probe', 'no bias'])
+def test_a_head_that_was_replaced(model: str, new: Any) -> None:
+    inner: Any = module(model)
+    head = 'linear_head' if model == 'SimpleViT' else 'mlp_head'
+    setattr(inner, head, new(inner))
+    message = refusal(inner.state_dict())
+    assert message.endswith(
+        f'Only the head, {head}, is another one: num_classes=0 leaves it out and converts the rest, to give the pooled '
+        'features.'
+    )
+    assert 'the rest' in refusal(inner)
+    inspection = inspect(inner.state_dict(), num_classes=0)
+    assert inspection.unwrapped.left_aside.keys() == {head}
+    body = {name: tensor for name, tensor in inner.state_dict().items() if not name.startswith(head)}
+    assert_same(inspection.tensors, body)
+    setattr(inner, head, torch.nn.Identity())
+    assert_same(inspect(inner).tensors, body)
+
+
+@both_models
+def test_a_new_head_beside_the_model(model: str) -> None:
+    inner = module(model)
+    head = 'linear_head' if model == 'SimpleViT' else 'mlp_head'
+    beside = {'fc.weight': torch.ones(3, 16), 'fc.bias': torch.ones(3)}
+    message = refusal(inner.state_dict() | beside)
+    assert '+ fc.weight 3 x 16: not part of the model' in message
+    assert 'All of the model is here, and more: fc. If that is no part of what it computes' in message
+    assert message.endswith('take it out of the state dict and convert the rest.')
+    body = {name: tensor for name, tensor in inner.state_dict().items() if not name.startswith(head)}
+    message = refusal(body | beside)
+    assert message.endswith(f'{head} is missing or another one: give num_classes=0 as well, for the pooled features.')
+    assert '+ fc.weight' in refusal(body | beside, num_classes=0)
+    assert_same(inspect(body, num_classes=0).tensors, body)
+
+
+def test_a_transformer_alone() -> None:
+    """As Clay has it: an encoder of its own round vit-pytorch's Transformer."""
+    transformer = {name: tensor for name, tensor in module().state_dict().items() if name.startswith('transformer.')}
+    clay = transformer | {'cls_token': torch.ones(1, 1, 16), 'patch_embedding.weight': torch.ones(16, 3, 4, 4)}
+    for tensors, missing in [(transformer, ''), (clay, 'cls_token, '), (clay, 'patch_embedding, ')]:
+        message = refusal({'state_dict': prefixed('model.encoder.', tensors)})
+        assert "The nearest is SimpleViT of vit-pytorch 1.4.1 and later at 'state_dict.model.encoder'" in message
+        assert '- to_patch_embedding.2.weight 16 x channels x patch area: missing' in message
+        assert 'Only the Transformer is here; of the model round it these are missing or different' in message
+        assert missing in message
+
+
+def test_every_unexplained_name_is_an_error() -> None:
+    state_dict = dict(module('DeepViT').state_dict())
+    for name in (
+        'extra',
+        'transformer.layers.0.0.temperature',
+        'transformer.layers.0.1.net.7.weight',
+        'mlp_head.2.bias',
+    ):
+        for prefix in ('', 'module.'):
+            message = refusal(prefixed(prefix, state_dict | {name: torch.ones(3)}))
+            assert f'+ {name} 3: not part of the model' in message
+
+
+def test_what_is_common_to_all_blocks_is_said_once() -> None:
+    whole = simple_vit.SimpleViT(**FIELDS | {'depth': 3}).state_dict()
+    state_dict = {name: tensor for name, tensor in whole.items() if '.to_out.' not in name}
+    for block in (0, 2):
+        del state_dict[f'transformer.layers.{block}.0.norm.bias']
+    message = refusal(state_dict)
+    assert '  - transformer.layers.#.0.to_out.weight 16 x 21: missing (each block #)' in message
+    assert message.count('to_out') == 1
+    for block in (0, 2):
+        assert f'  - transformer.layers.{block}.0.norm.bias 16: missing\n' in message
+
+
+# ---- live modules
+
+
+@pytest.mark.parametrize('ported', [simple_flash_attn_vit, simple_vit_with_patch_dropout])
+@pytest.mark.filterwarnings('ignore:.*sdp_kernel')
+def test_modules_that_compute_what_simple_vit_does(ported: Any, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ported, 'posemb_sincos_2d', port_table)
+    inner = perturbed(ported.SimpleViT(**FIELDS)).double()
+    images = np.random.default_rng(0).standard_normal((2, 8, 8, 3))
+    port, variables = convert.from_torch(inner, image_size=8)
+    with torch.no_grad():
+        truth = inner(channels_first(images)).numpy()
+    assert relative_error(jax.jit(port.apply)(variables, images), truth) <= FLOAT64_BOUND
+
+
+def test_a_subclass_and_a_namesake_are_other_modules() -> None:
+    class SimpleViT(simple_vit.SimpleViT):
+        def forward(self, images: torch.Tensor) -> Any:
+            return 2 * super().forward(images)
+
+    mine = SimpleViT(**FIELDS)
+    for other in (mine, WithRegisterTokens(**FIELDS)):
+        message = refusal(other)
+        assert f'This module is a {type(other).__module__}.{type(other).__qualname__}, which is none of' in message
+        assert message.endswith('If it computes what one of those does, pass its state_dict().')
+    assert_same(inspect(mine.state_dict()).tensors, mine.state_dict())
+
+
+class Doubled(simple_vit.Attention):
+    def forward(self, x: torch.Tensor) -> Any:
+        return 2 * super().forward(x)
+
+
+def replace(inner: Any, name: str, part: Any) -> None:
+    parent, _, last = name.rpartition('.')
+    setattr(inner.get_submodule(parent), last, part)
+
+
+REPLACED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    'another activation': (
+        lambda inner: replace(inner, 'transformer.layers.1.1.net.2', torch.nn.ReLU()),
+        r'net\.2 is a torch\..*ReLU, but a vit_pytorch\.simple_vit\.SimpleViT has a torch\..*GELU\(approximate=',
+    ),
+    'another GELU': (
+        lambda inner: replace(inner, 'transformer.layers.1.1.net.2', torch.nn.GELU('tanh')),
+        r"net\.2 is a .*GELU\(approximate='tanh'\), but a .* has a .*GELU\(approximate='none'\) there",
+    ),
+    'another epsilon': (
+        lambda inner: setattr(inner.transformer.norm, 'eps', 1e-6),
+        r'transformer\.norm is a .*LayerNorm\(eps=1e-06\), but a .* has a .*LayerNorm\(eps=1e-05\) there',
+    ),
+    'another axis': (
+        lambda inner: setattr(inner.transformer.layers[0][0].attend, 'dim', -2),
+        r'attend is a .*Softmax\(dim=-2\), but',
+    ),
+    'no softmax': (
+        lambda inner: replace(inner, 'transformer.layers.0.0.attend', torch.nn.Identity()),
+        r'attend is a .*Identity, but',
+    ),
+    'a layer more': (
+        lambda inner: inner.transformer.layers[0][1].net.append(torch.nn.GELU()),
+        r'transformer\.layers\.0\.1\.net\.4 is a .*GELU.*, but a .*SimpleViT has no such part',
+    ),
+    'a layer less': (
+        lambda inner: inner.transformer.layers[0][1].net.pop(3),
+        r'transformer\.layers\.0\.1\.net\.3 is missing, but a .*SimpleViT has a .*Linear there',
+    ),
+    'patches in another order': (
+        lambda inner: setattr(inner.to_patch_embedding[0], 'pattern', 'b c (h p1) (w p2) -> b (h w) (c p1 p2)'),
+        r"to_patch_embedding\.0 is a .*Rearrange\(pattern='.*\(c p1 p2\)'\), but",
+    ),
+    'another attention': (
+        lambda inner: replace(inner, 'transformer.layers.0.0', Doubled(16, heads=3, dim_head=7)),
+        r'layers\.0\.0 is a .*Doubled, but',
+    ),
+    'a forward of its own': (
+        lambda inner: setattr(inner.transformer, 'forward', lambda x: x),
+        'transformer has a forward that is not of its class',
+    ),
+    'the forward of the whole': (
+        lambda inner: setattr(inner, 'forward', lambda x: x),
+        'The module has a forward that is not of its class',
+    ),
+    'another number of heads': (
+        lambda inner: setattr(inner.transformer.layers[1][0], 'heads', 7),
+        r'layers\.1\.0 has heads=7 and scale=.*first block has heads=3 every block has these',
+    ),
+    'another scale': (
+        lambda inner: setattr(inner.transformer.layers[1][0], 'scale', 1.0),
+        r'layers\.1\.0 has heads=3 and scale=1\.0.* scale=0\.37.* \(7\*\*-0\.5\)',
+    ),
+    'a weight norm': (
+        lambda inner: torch.nn.utils.parametrizations.weight_norm(inner.linear_head),
+        r'linear_head is a torch.*ParametrizedLinear, but',
+    ),
+    'another table': (
+        lambda inner: inner.pos_embedding.mul_(2),
+        'pos_embedding is not the sincos table of SimpleViT: another function',
+    ),
+}
+
+
+@pytest.mark.parametrize('change', REPLACED)
+def test_a_module_with_another_part_is_another_function(change: str) -> None:
+    inner = module()
+    act, message = REPLACED[change]
+    act(inner)
+    with pytest.raises(ConversionError, match=message):
+        inspect(inner)
+
+
+def test_a_part_used_twice_is_no_part_missing() -> None:
+    """Shared weights are in the state dict twice, and become two equal parts, which compute the same."""
+    inner: Any = module()
+    inner.transformer.layers[1][0] = inner.transformer.layers[0][0]
+    assert_same(inspect(inner).tensors, inner.state_dict())
+
+
+def test_hooks_are_a_warning_and_taken_away_they_are_not() -> None:
+    inner: Any = module()
+    hook = inner.transformer.register_forward_hook(lambda *_: None)
+    with pytest.warns(ConversionWarning, match=r'^There are hooks on transformer, which are not converted\.'):
+        convert.from_torch(inner)
+    hook.remove()
+    convert.from_torch(inner)
+
+
+def test_checking_a_module_draws_no_random_numbers() -> None:
+    inner = module('DeepViT')
+    before = torch.random.get_rng_state()
+    inspect(inner)
+    assert torch.equal(before, torch.random.get_rng_state())
