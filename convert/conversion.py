@@ -16,12 +16,13 @@ import numpy as np
 from flax import linen as nn
 
 import flax_vit
+from convert.architectures import architecture_of
+from convert.architectures.architecture import Field, Layout, class_name
 from convert.errors import ConversionError, ConversionWarning
 from convert.files import checkpoint
-from convert.recognition import live_module as module
-from convert.recognition import names as params
-from convert.recognition.fields import Field, resolve
-from convert.recognition.layouts import LAYOUTS, Layout, leaves
+from convert.recognition import live_module, names
+from convert.recognition.fields import resolve
+from convert.recognition.layouts import leaves
 from convert.recognition.names import Leaf
 from convert.recognition.unwrap import Unwrapped, unwrap
 from flax_vit import layers
@@ -102,10 +103,10 @@ def inspect(source: Any, *, key: str | None = None, **overrides: Any) -> Inspect
                 f"{source} is flax_vit's own, converted already: flax_vit.from_pretrained reads the folder it is in; "
                 'a program that serve-export wrote is run as docs/serving.md says.'
             )
-    elif module.is_module(source):
-        inner = module.unwrapped(source)
-        name, form, tree = module.class_name(inner), 'live module', arrays(inner.state_dict())
-        known = module.known_fields(inner)
+    elif live_module.is_module(source):
+        inner = live_module.unwrapped(source)
+        name, form, tree = class_name(inner), 'live module', arrays(inner.state_dict())
+        known = live_module.known_fields(inner)
     elif isinstance(source, Mapping):
         name, form, tree = 'a state dict', 'in memory', arrays(source)
     else:
@@ -147,7 +148,7 @@ def place(inspection: Inspection, *, track: Callable[[Iterable[Any]], Iterable[A
     """The variables for the model of an inspection."""
     today = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}
     asked = inspection.fields['param_dtype']
-    return params.to_flax(
+    return names.to_flax(
         inspection.model, today, param_dtype=asked.value if asked.how == 'given' else None, track=track
     )
 
@@ -178,13 +179,13 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any], *, layout: str | No
     `layout` asks for an older release's names, by the layout's id ('D1').
     Raises ConversionError when no release computes this, and when the variables are not the model's.
     """
-    able = [candidate for candidate in LAYOUTS if candidate.computes(model)]
+    able = architecture_of(model).layouts_of(model)
     chosen = [candidate for candidate in able if layout in (None, candidate.id)]
     if not chosen:
         ids = ', '.join(f'{candidate.id} ({candidate})' for candidate in able)
         asked = f'layout={layout!r} does not compute' if layout else 'No release of vit-pytorch computes'
         raise ConversionError(f'{asked} what this {type(model).__name__} does. Layouts that do: {ids or "none"}.')
-    return {chosen[0].from_today(name): array for name, array in params.to_torch(model, variables).items()}
+    return {chosen[0].from_today(name): array for name, array in names.to_torch(model, variables).items()}
 
 
 def floating_dtype(dtype: Any) -> np.dtype[Any]:

@@ -6,6 +6,7 @@ is `transformer/layers_3_1/net_4/kernel` here.
 
 from functools import partial
 from numbers import Real
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,8 @@ class DeepViT(Layer):
     The arguments are vit-pytorch's, with its defaults; `dtype`, `param_dtype` and `precision` are linen's.
     Raises ValueError when the fields make no model, and when the images it is called with don't fit.
     """
+
+    HEAD: ClassVar[str] = 'mlp_head'
 
     image_size: int  # pixels of a side; smaller images, also oblong ones, use the first positions
     patch_size: int

@@ -5,7 +5,7 @@ is `transformer/layers_3_1/net_1/kernel` here.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +113,8 @@ class SimpleViT(Layer):
     The arguments are vit-pytorch's, with its defaults; `dtype`, `param_dtype` and `precision` are linen's.
     Raises ValueError when the fields make no model, and when the images it is called with don't fit.
     """
+
+    HEAD: ClassVar[str] = 'linear_head'
 
     image_size: int | tuple[int, int]  # pixels; (height, width) when not square
     patch_size: int | tuple[int, int]

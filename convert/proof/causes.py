@@ -9,9 +9,10 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from convert.architectures import architecture_of
+from convert.architectures.way import Mistake, Way, part_inputs, short
 from convert.proof.measure import relative, size
-from convert.proof.mistakes import Mistake, mistakes, position_mistakes, rounding_mistakes, sincos
-from convert.proof.parts import Way, owned, part_inputs, right_way, short
+from convert.proof.mistakes import mistakes, rounding_mistakes
 from convert.recognition.names import leaf
 
 # The right cause leaves what two float64 runs of one formula differ by: at most 1e-12 (`verify`'s own limit), and a few
@@ -44,8 +45,11 @@ def causes(
     port's, computed in `dtype`. `variables`: the port's, for a look whether they are the source's. Whatever is before
     the part is right.
     """
+    kind = architecture_of(model).way
+    if kind is None:
+        return [f'no mistakes are known of a {type(model).__name__}: it is {compared(output, truth[part])}']
     with np.errstate(all='ignore'):  # a mistake may well overflow
-        way = right_way(model, tensors, part)
+        way = kind.for_part(model, tensors, part)
         inputs = part_inputs(way, image, truth, part)
 
         def known() -> Iterator[Mistake]:
@@ -79,16 +83,10 @@ def causes(
         return found + (fit or [f'none of the {count} known mistakes fits: it is {compared(output, truth[part])}'])
 
 
-def table_causes(model: nn.Module, table: np.ndarray, limit: float) -> list[str]:
-    """Why a sincos table is not PyTorch's to within `limit`."""
-    quarter = model.dim // 4
-    height, width = model.grid
-    right = sincos(height, width, quarter, quarter - 1)
-    fit = [
-        f'matches {words}'
-        for words, wrong in position_mistakes(model, right).items()
-        if np.abs(table - wrong).max() <= limit
-    ]
+def table_causes(model: nn.Module, limit: float) -> list[str]:
+    """Why a table of positions that are no parameters is not PyTorch's to within `limit`."""
+    table, right, wrong = architecture_of(model).table_and_mistakes(model)
+    fit = [f'matches {words}' for words, mistaken in wrong.items() if np.abs(table - mistaken).max() <= limit]
     return fit or [f'no known mistake fits: it is {compared(table, right)}']
 
 
@@ -100,7 +98,7 @@ def wrong_parameters(
     dtypes: dict[str, Any] = {}
     for path, array in flatten_dict(variables.get('params', {})).items():
         rule = leaf(path, np.ndim(array))
-        if rule.name.startswith(owned(part)) and rule.name in way.tensors:
+        if rule.name.startswith(way.owned(part)) and rule.name in way.tensors:
             ours = np.asarray(rule.to_torch(np.asarray(array)), np.float64)
             if not np.array_equal(ours, way.tensors[rule.name], equal_nan=True):
                 wrong[rule.name], dtypes[rule.name] = ours, array.dtype

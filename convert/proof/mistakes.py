@@ -6,42 +6,21 @@ converted wrongly; the rest are arguments of it.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import permutations
-from typing import Any
 
 import numpy as np
 from einops import rearrange
-from flax import linen as nn
 
-from convert.proof.parts import ROUNDINGS, Way, owned, short
-from flax_vit import SimpleViT
+from convert.architectures.way import ROUNDINGS, Mistake, Way, short
 from flax_vit.layers import pair
 
 HIGHEST = "set precision='highest'"
-MAPS = 2**26  # numbers of attention maps that are held to try other heads
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """What somebody did otherwise: arguments of a Way and tensors read wrongly."""
-
-    words: str  # after 'matches'
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-    def applied(self, way: Way) -> Way:
-        return replace(way, **self.fields, tensors={**way.tensors, **self.tensors})
-
-    def and_also(self, other: 'Mistake') -> 'Mistake':
-        words = f'{self.words} and {other.words}'
-        return Mistake(words, {**self.fields, **other.fields}, {**self.tensors, **other.tensors})
 
 
 def mistakes(way: Way, part: str, tokens: int) -> Iterator[Mistake]:
     """Every known mistake that the part's sizes allow; `tokens` is the number of rows that a block puts out."""
-    tensors = {name: tensor for name, tensor in way.tensors.items() if name.startswith(owned(part))}
+    tensors = {name: tensor for name, tensor in way.tensors.items() if name.startswith(way.owned(part))}
     yield from _mistakes_of_norms(tensors, part, way)
     yield from _mistakes_of_tensors(tensors, part)
     if part.startswith('to_patch_embedding'):
@@ -56,7 +35,7 @@ def mistakes(way: Way, part: str, tokens: int) -> Iterator[Mistake]:
         yield Mistake('with the sigmoid approximation of GELU instead of erf', {'activation': 'sigmoid'})
         yield Mistake('with ReLU instead of GELU', {'activation': 'relu'})
     if part == 'transformer.layers.0.0':
-        for words, table in position_mistakes(way.model, way.tensors['pos_embedding']).items():
+        for words, table in way.position_mistakes().items():
             yield Mistake(words, tensors={'pos_embedding': table})
         if 'cls_token' in way.tensors:
             yield Mistake('with the class token last instead of first', {'class_token': 'last'})
@@ -114,7 +93,7 @@ def _mistakes_of_patches(way: Way, tensors: Mapping[str, np.ndarray]) -> Iterato
 
 def _mistakes_of_attention(way: Way, tensors: Mapping[str, np.ndarray], part: str, tokens: int) -> Iterator[Mistake]:
     qkv_name = f'{part}.to_qkv.weight'
-    out_name = next(name for name in tensors if name.startswith(f'{part}.to_out') and name.endswith('weight'))
+    out_name = f'{part}.{way.TO_OUT}.weight'
     qkv, out = tensors[qkv_name], tensors[out_name]
     inner_dim = out.shape[1]
     dim_head = inner_dim // way.heads
@@ -146,73 +125,22 @@ def _mistakes_of_attention(way: Way, tensors: Mapping[str, np.ndarray], part: st
         yield Mistake(words, tensors={qkv_name: qkv * factors[:, None]})
     yield Mistake('with the softmax over queries instead of keys', {'softmax_axis': -2})
     yield Mistake('with the softmax over heads instead of keys', {'softmax_axis': 0})
-    if f'{part}.reattn_weights' not in tensors:
-        for heads in range(1, inner_dim + 1):
-            if inner_dim % heads == 0 and heads != way.heads and heads * tokens**2 <= MAPS:
-                yield Mistake(f'if heads={heads} instead of {way.heads}', {'heads': heads})
-        return
-    identity = {f'{part}.reattn_weights': np.eye(way.heads)}
-    yield Mistake('without re-attention', {'left_out': frozenset({'re-attention'})})
-    yield Mistake('without the mixing of heads, but with its LayerNorm', tensors=identity)
-    for axis, called in {1: 'queries', 2: 'keys'}.items() if tokens == way.heads else ():
-        yield Mistake(f'with re-attention normalised over {called} instead of heads', {'reattention_axis': axis})
+    yield from way.mistakes_of_heads(part, inner_dim, tokens)
 
 
 def _mistakes_of_pooling(way: Way) -> Iterator[Mistake]:
-    ways = {
-        'cls': 'the class token',
-        'mean': 'the mean of all tokens',
-        'mean of the others': 'the mean of all tokens but the first',
-        'last': 'the last token',
-    }
-    if isinstance(way.model, SimpleViT):
-        ways['cls'] = 'the first token'
-    for pool, called in ways.items():
+    for pool, called in way.POOLS.items():
         if pool != way.pool:
-            yield Mistake(f'if pooled by {called} instead of {ways[way.pool]}', {'pool': pool})
+            yield Mistake(f'if pooled by {called} instead of {way.POOLS[way.pool]}', {'pool': pool})
     if way.final_norm:
         yield Mistake('without the LayerNorm before pooling (it is in the head, or nowhere)', {'final_norm': None})
         yield Mistake('with the LayerNorm after instead of before pooling', {'norm_when': 'after'})
-    for head in ('mlp_head.0', 'linear_head.0'):
-        if f'{head}.bias' in way.tensors:
-            yield Mistake(f'with the LayerNorm {head} before pooling instead of in the head', {'final_norm': head})
-            yield Mistake(
-                f'with the LayerNorm {head} already in the pooled features', {'final_norm': head, 'norm_when': 'after'}
-            )
-
-
-def position_mistakes(model: nn.Module, right: np.ndarray) -> dict[str, np.ndarray]:
-    """Position tables that are wrong, by the words for it."""
-    tables = {'without positions': np.zeros_like(right)}
-    if not isinstance(model, SimpleViT):
-        return tables | {
-            'if the class token takes the last position': np.roll(right, 1, axis=1),
-            "if the patches start at the class token's position": np.roll(right, -1, axis=1),
-            'if the class token gets no position': np.concatenate([0 * right[:, :1], right[:, 1:]], axis=1),
-        }
-    height, width = model.grid
-    quarter = model.dim // 4
-    axes = 'n (side function frequency)'
-    sizes = {'side': 2, 'function': 2}
-    exact = sincos(height, width, quarter, quarter - 1)
-    return tables | {
-        'with the axes of the sincos table swapped (y before x)': np.roll(right, 2 * quarter, axis=1),
-        'with cosines before sines': rearrange(right, f'{axes} -> n side function frequency', **sizes)[
-            :, :, ::-1
-        ].reshape(right.shape),
-        'with sines and cosines in turn': rearrange(right, f'{axes} -> n (side frequency function)', **sizes),
-        'with the sincos table column by column': rearrange(right, '(h w) d -> (w h) d', h=height),
-        'with frequencies of steps 4 / dim instead of 1 / (dim / 4 - 1)': sincos(height, width, quarter, quarter),
-        'with the sincos table computed in float64': exact,
-        'with the sincos table computed in float64, then rounded': exact.astype(np.float32).astype(np.float64),
-    }
-
-
-def sincos(height: int, width: int, quarter: int, steps: int) -> np.ndarray:
-    """The sincos table (tokens, dim) in float64, with `quarter` frequencies."""
-    y, x = (axis.reshape(-1, 1) for axis in np.mgrid[:height, :width])
-    omega = 10_000.0 ** -(np.arange(quarter) / steps)
-    return np.concatenate([function(angle * omega) for angle in (x, y) for function in (np.sin, np.cos)], axis=1)
+    norm = f'{way.HEAD}.0'
+    if f'{norm}.bias' in way.tensors:
+        yield Mistake(f'with the LayerNorm {norm} before pooling instead of in the head', {'final_norm': norm})
+        yield Mistake(
+            f'with the LayerNorm {norm} already in the pooled features', {'final_norm': norm, 'norm_when': 'after'}
+        )
 
 
 def rounding_mistakes(dtype: str) -> Iterator[Mistake]:

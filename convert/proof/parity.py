@@ -10,15 +10,15 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from convert.architectures import architecture_of
+from convert.architectures.architecture import AttentionMap, Field
 from convert.conversion import Inspection, inspect, place
 from convert.errors import ConversionError
 from convert.proof.causes import causes, table_causes
 from convert.proof.flax_side import FlaxSide
 from convert.proof.measure import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, SMALLEST, Row, Sides, compare, moved, settled
-from convert.proof.torch_side import TorchSide, table_difference
-from convert.recognition.fields import Field
+from convert.proof.torch_side import TorchSide
 from convert.recognition.names import differences, leaf
-from flax_vit import DeepViT, SimpleViT
 from flax_vit.layers import floating_dtype, pair
 from flax_vit.parameters import check_variables
 from flax_vit.stacking import unstack_layers
@@ -165,7 +165,7 @@ def verify(
         len(images),
         rows,
         gradient_rows,
-        table=table_difference(model) if isinstance(model, SimpleViT) else None,
+        table=architecture_of(model).table(model),
         predictions=predictions,
         agreement=float(np.mean(predictions == outputs[''].torch.argmax(axis=-1))),
         logits=outputs[''],
@@ -286,11 +286,7 @@ def channels_last(model: nn.Module, variables: Mapping[str, Any], images: Any) -
 
 def labels(model: nn.Module) -> dict[str, str]:
     """The parts that are compared, in the order they compute: PyTorch's names and what they are."""
-    parts = {f'to_patch_embedding.{3 if model.patch_norm else 1}': 'patch embedding'}
-    for block in range(model.depth):
-        parts[f'transformer.layers.{block}.0'] = f'block {block} attention'
-        parts[f'transformer.layers.{block}.1'] = f'block {block} feed-forward'
-    return parts | {'to_latent': 'pooled features', '': 'logits' if model.num_classes else 'features'}
+    return architecture_of(model).parts(model)
 
 
 def explain(
@@ -306,8 +302,8 @@ def explain(
     """Why the first wrong part is wrong, on the image where it is most so; `tensors` are the source's."""
     row = next((row for row in rows if not row.same_function), next((row for row in rows if not row.right), None))
     if row is None:
-        table = table_difference(model) if isinstance(model, SimpleViT) else (0.0, 0.0)
-        found = table_causes(model, model.pos_embedding(), table[1]) if table[0] > table[1] else []
+        table = architecture_of(model).table(model)
+        found = table_causes(model, table[1]) if table and table[0] > table[1] else []
         return [f'sincos table: {cause}' for cause in found]
     sides = outputs[row.name]
     if not np.isfinite(sides.truth).all():
@@ -322,25 +318,22 @@ def explain(
 def attention_maps(torch: TorchSide, flax: FlaxSide, image: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """PyTorch's and the port's attention maps in float64, each (heads, queries, keys): first, middle and last block.
 
-    `image`: (1, height, width, channels). DeepViT has two a block, before and after re-attention.
+    `image`: (1, height, width, channels).
     """
-    kinds = {'': ('attend', 'attend')}  # PyTorch's module that puts out the map, and ours
-    if isinstance(flax.model, DeepViT):
-        kinds = {
-            ', before re-attention': ('dropout', 'attention_dropout'),
-            ', after re-attention': ('reattn_norm.1', 'reattn_norm.1'),  # PyTorch's has the heads last
-        }
     depth = flax.model.depth
-    names = {
-        f'block {block}{kind}': [f'transformer.layers.{block}.0.{module}' for module in modules]
+    maps = {
+        f'block {block}{kind.words}': (f'transformer.layers.{block}.0.', kind)
         for block in sorted({0, depth // 2, depth - 1})
-        for kind, modules in kinds.items()
+        for kind in architecture_of(flax.model).attention_maps
     }
-    theirs = torch.outputs('float64', image, [name for name, _ in names.values()])
+    theirs = torch.outputs('float64', image, [part + kind.torch for part, kind in maps.values()])
     whole = FlaxSide(flax.model.clone(query_chunk_size=None), flax.variables)  # for maps that are held at once
-    ours = whole.outputs('float64', image, [name for _, name in names.values()])
+    ours = whole.outputs('float64', image, [part + kind.flax for part, kind in maps.values()])
 
-    def heads_first(name: str, attention: np.ndarray) -> np.ndarray:
-        return np.moveaxis(attention, -1, 0) if 'norm' in name else attention
+    def heads_first(attention: np.ndarray, kind: AttentionMap) -> np.ndarray:
+        return np.moveaxis(attention, -1, 0) if kind.heads_last else attention
 
-    return {label: (heads_first(their, theirs[their][0]), ours[our][0]) for label, (their, our) in names.items()}
+    return {
+        label: (heads_first(theirs[part + kind.torch][0], kind), ours[part + kind.flax][0])
+        for label, (part, kind) in maps.items()
+    }

@@ -1,7 +1,7 @@
 """The port against outputs that PyTorch gave earlier, where there is neither torch nor vit-pytorch."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from convert.architectures import architecture_of
 from convert.errors import ConversionError
 from convert.files import checkpoint
 from convert.proof.flax_side import FlaxSide
 from convert.proof.measure import FLOOR, OUTPUT_LIMIT, Row, Sides, compare, moved, relative, settled, size
 from convert.proof.parity import Report
-from flax_vit import SimpleViT, from_pretrained
+from flax_vit import from_pretrained
 from flax_vit.folders.pretrained import read_golden
 
 GOLDEN = ('images', 'float64', 'float32')  # the images, and PyTorch's outputs for them in these dtypes
@@ -88,10 +89,11 @@ def compare_outputs(
     """Hold the port against `reference`, PyTorch's outputs (batch, classes) for `images`, in the dtype they ran in.
 
     PyTorch rounds as the port does in that dtype, so the outputs may be 3 times as far from the port in float64 as the
-    port's own are, of several runs at most. In float64 the limit is rounding (but a SimpleViT's position table is
+    port's own are, of several runs at most. In float64 the limit is rounding (but a computed position table is
     float32 even there). When they are further, every field that the weights leave open is tried with other values.
     """
-    dtype = 'float32' if reference.dtype == np.float64 and isinstance(model, SimpleViT) else reference.dtype.name
+    architecture = architecture_of(model)
+    dtype = 'float32' if reference.dtype == np.float64 and architecture.float32_positions else reference.dtype.name
     with jax.enable_x64(True):
         flax = FlaxSide(model, variables)
         exact = flax.outputs('float64', images, [''])['']
@@ -112,7 +114,7 @@ def compare_outputs(
             limit = settled([row(own)], again)[0].port_limit
         causes = []
         if difference > limit:
-            changes = list(alternatives(model))
+            changes = list(architecture.alternatives(model))
             fitting = (
                 change
                 for change in changes
@@ -147,20 +149,6 @@ def load_outputs(path: Path) -> tuple[np.ndarray, np.ndarray]:
             f'{reference.shape}, for images {images.shape}.'
         )
     return images, reference
-
-
-def alternatives(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Other values of the fields that weights can't tell, which take the same weights."""
-    inner_dim = model.heads * model.dim_head
-    if isinstance(model, SimpleViT):
-        tokens = math.prod(model.grid)
-        for heads in range(1, inner_dim + 1):
-            if inner_dim % heads == 0 and heads != model.heads:
-                # no more of the attention maps at once than of the model itself, however many heads there are
-                chunk = max(1, tokens * model.heads // heads)
-                yield {'heads': heads, 'dim_head': inner_dim // heads, 'query_chunk_size': chunk}
-    else:
-        yield {'pool': 'mean' if model.pool == 'cls' else 'cls'}
 
 
 def _in_words(model: nn.Module, change: Mapping[str, Any]) -> str:

@@ -4,17 +4,9 @@ import re
 import warnings
 from typing import Any
 
-import numpy as np
-
+from convert.architectures import ARCHITECTURES
+from convert.architectures.architecture import IDENTITY, Architecture, class_name, first_attention
 from convert.errors import ConversionError, ConversionWarning
-from flax_vit.simple_vit import posemb_sincos_2d
-
-PORTED = {
-    'vit_pytorch.simple_vit.SimpleViT',
-    'vit_pytorch.simple_vit_with_patch_dropout.SimpleViT',
-    'vit_pytorch.simple_flash_attn_vit.SimpleViT',
-    'vit_pytorch.deepvit.DeepViT',
-}
 
 # Modules that compute what the one inside them computes, and where it is.
 WRAPPERS = {
@@ -31,7 +23,6 @@ SETTINGS = {
     'torch.nn.modules.normalization.LayerNorm': 'eps',
     'einops.layers.torch.Rearrange': 'pattern',
 }
-IDENTITY = 'torch.nn.modules.linear.Identity'
 
 
 def is_module(source: object) -> bool:
@@ -43,15 +34,16 @@ def unwrapped(module: Any) -> Any:
     """The ported module inside torch's wrappers. Raises ConversionError when it, or a part of it, is another."""
     while class_name(module) in WRAPPERS:
         module = getattr(module, WRAPPERS[class_name(module)])
-    if class_name(module) not in PORTED:
-        inside = [name for name, part in module.named_modules() if class_name(part) in PORTED]
+    known = ported()
+    if class_name(module) not in known:
+        inside = [name for name, part in module.named_modules() if class_name(part) in known]
         advice = (
             f'It holds one; pass that: module.get_submodule({inside[0]!r}).'
             if inside
             else 'If it computes what one of those does, pass its state_dict().'
         )
         raise ConversionError(
-            f'This module is a {class_name(module)}, which is none of {", ".join(sorted(PORTED))}. {advice}'
+            f'This module is a {class_name(module)}, which is none of {", ".join(sorted(known))}. {advice}'
         )
     check_parts(module)
     return module
@@ -71,7 +63,7 @@ def check_parts(module: Any) -> None:
         new = type(module)(image_size=2, patch_size=1, num_classes=1, dim=8, depth=depth, heads=2, mlp_dim=1)
     expected = {name: signature(part) for name, part in new.named_modules(remove_duplicate=False)}
     found = {name: signature(part) for name, part in parts.items()}
-    head = 'mlp_head' if 'mlp_head' in expected else 'linear_head'
+    head = architecture_of_module(module).model.HEAD
     if found.get(head) == IDENTITY:  # a model for features
         expected = {name: part for name, part in expected.items() if name.partition('.')[0] != head} | {head: IDENTITY}
     what = f'a {class_name(module)}'
@@ -85,7 +77,7 @@ def check_parts(module: Any) -> None:
         if 'forward' in vars(part):
             raise ConversionError(f'{name or "The module"} has a forward that is not of its class: another function.')
         if type(part).__name__ == 'Attention':
-            heads = attention(module).heads
+            heads = first_attention(module).heads
             dim_head = part.to_qkv.out_features // 3 / heads
             if part.heads != heads or part.scale != dim_head**-0.5:
                 raise ConversionError(
@@ -109,39 +101,16 @@ def signature(part: Any) -> str:
     return f'{name}({SETTINGS[name]}={getattr(part, SETTINGS[name])!r})' if name in SETTINGS else name
 
 
-def attention(module: Any) -> Any:
-    """The attention of the first block."""
-    first, *_ = [part for _, part in module.named_modules() if type(part).__name__ == 'Attention']
-    return first
-
-
 def known_fields(module: Any) -> dict[str, Any]:
     """Fields of the Flax model that the module itself tells, where the weights can't."""
-    rearrange, attend = module.to_patch_embedding[0], attention(module)
-    patch_size = rearrange.axes_lengths['p1'], rearrange.axes_lengths['p2']
-    fields = {'heads': attend.heads, 'patch_size': patch_size[0] if patch_size[0] == patch_size[1] else patch_size}
-    head = getattr(module, 'mlp_head', None) or module.linear_head
-    if class_name(head) == IDENTITY:
-        fields['num_classes'] = 0
-    if type(module).__name__ == 'DeepViT':
-        return fields | {'pool': module.pool, 'dropout': attend.to_out[1].p, 'emb_dropout': module.dropout.p}
-    if hasattr(module, 'pos_embedding'):  # since vit-pytorch 1.2.5
-        grid = sincos_grid(module.pos_embedding.detach().cpu().numpy())
-        image_size = grid[0] * patch_size[0], grid[1] * patch_size[1]
-        fields['image_size'] = image_size[0] if image_size[0] == image_size[1] else image_size
-    return fields
+    return architecture_of_module(module).known_fields(module)
 
 
-def sincos_grid(table: np.ndarray) -> tuple[int, int]:
-    """The height and width in patches of the grid whose sincos table (height x width, dim) this is."""
-    tokens, dim = table.shape
-    for height in range(1, tokens + 1):
-        width = tokens // height
-        if height * width == tokens and np.abs(posemb_sincos_2d(height, width, dim) - table).max() < 1e-3:
-            return height, width
-    raise ConversionError('pos_embedding is not the sincos table of SimpleViT: another function.')
+def ported() -> dict[str, Architecture]:
+    """The torch classes that are converted, by their full names."""
+    return {name: architecture for architecture in ARCHITECTURES for name in architecture.torch_classes}
 
 
-def class_name(value: object) -> str:
-    """The full name of the class, as imported."""
-    return f'{type(value).__module__}.{type(value).__qualname__}'
+def architecture_of_module(module: Any) -> Architecture:
+    """The architecture that a ported module is of."""
+    return ported()[class_name(module)]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from convert.architectures import model_names
 from convert.errors import ConversionError
 from convert.files.checkpoint import Foreign
 from convert.recognition.layouts import Fit, beginnings, best_fit
@@ -221,7 +222,7 @@ def refusal(leaves: list[Leaf], found: list[Candidate]) -> str:
     if not (best and best.fit.advice) and (reason := relative(shapes)):
         return reason
     if not best:
-        return f'This is no SimpleViT or DeepViT of vit-pytorch. {_contents(leaves)}'
+        return f'This is no {model_names()} of vit-pytorch. {_contents(leaves)}'
     where = f' at {best.place.key!r}' if best.place.key else ''
     advice = f'\n{best.fit.advice}' if best.fit.advice else ''
     return f'No layout fits. The nearest is {best.fit.layout}{where}; the difference:\n{best.fit.difference}{advice}'

@@ -21,7 +21,9 @@ import convert
 import flax_vit.deep_vit
 import flax_vit.layers
 import flax_vit.simple_vit
-from convert.proof import causes, mistakes, parts
+from convert.architectures import architecture_of, simple_vit
+from convert.architectures import way as ways
+from convert.proof import causes, mistakes
 from convert.proof.parity import Report, labels, verify
 from convert.proof.torch_side import TorchSide
 from convert.recognition import names as params
@@ -343,9 +345,10 @@ def assert_parts_right(
     model: nn.Module, tensors: Mapping[str, np.ndarray], image: np.ndarray, outputs: Mapping[str, np.ndarray]
 ) -> None:
     truth = {part: outputs[part][0] for part in labels(model)}
+    kind: Any = architecture_of(model).way
     for part, expected in truth.items():
-        way = parts.right_way(model, tensors, part)
-        found = way.compute(part, parts.part_inputs(way, image, truth, part))
+        way = kind.for_part(model, tensors, part)
+        found = way.compute(part, ways.part_inputs(way, image, truth, part))
         assert causes.error(found, expected) <= 1e-12, part
 
 
@@ -387,9 +390,10 @@ def test_mistakes_differ(configuration: Configuration, float64: None) -> None:
     outputs = pytorch_outputs(module, channels_first(images))
     tensors = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
     truth = {part: outputs[part][0] for part in labels(model)}
+    kind: Any = architecture_of(model).way
     for part in truth:
-        way = parts.right_way(model, tensors, part)
-        inputs = parts.part_inputs(way, images[0], truth, part)
+        way = kind.for_part(model, tensors, part)
+        inputs = ways.part_inputs(way, images[0], truth, part)
         results = {'PyTorch': way.compute(part, inputs)}
         for mistake in mistakes.mistakes(way, part, len(truth[part])):
             result = mistake.applied(way).compute(part, inputs)
@@ -401,14 +405,14 @@ def test_mistakes_differ(configuration: Configuration, float64: None) -> None:
 def test_tf32_keeps_ten_bits() -> None:
     x = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
     expected = np.asarray(jax.lax.reduce_precision(jnp.asarray(x), 8, 10))
-    np.testing.assert_array_equal(parts.to_tf32(x), expected)
-    np.testing.assert_array_equal(parts.ROUNDINGS['bfloat16'](x), x.astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(ways.to_tf32(x), expected)
+    np.testing.assert_array_equal(ways.ROUNDINGS['bfloat16'](x), x.astype(ml_dtypes.bfloat16))
 
 
 def test_sincos_is_the_table() -> None:
     height, width, dim = 5, 7, 24
     table = flax_vit.simple_vit.posemb_sincos_2d(height, width, dim)
-    assert np.abs(mistakes.sincos(height, width, dim // 4, dim // 4 - 1) - table).max() <= 7 * 2.0**-23
+    assert np.abs(simple_vit.sincos(height, width, dim // 4, dim // 4 - 1) - table).max() <= 7 * 2.0**-23
 
 
 def test_table_in_the_docs_has_every_slip() -> None:

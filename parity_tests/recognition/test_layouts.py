@@ -12,8 +12,10 @@ import pytest
 
 import convert
 from convert import ConversionError
+from convert.architectures import all_layouts
+from convert.architectures.architecture import Layout
 from convert.proof.torch_side import TorchSide
-from convert.recognition.layouts import LAYOUTS, Layout, leaves, template
+from convert.recognition.layouts import leaves, template
 from convert.recognition.unwrap import unwrap
 from flax_vit import DeepViT, SimpleViT
 from parity_tests.golden.make import FIELDS_OF, FOLDER, GOLDEN
@@ -129,7 +131,7 @@ def test_to_torch_writes_the_newest_layout_or_the_one_asked_for(name: str) -> No
     able = ABLE[layout_of(name)]
     newest = convert.to_torch(model, variables)
     assert convert.inspect(newest, **fields_of(name)).layout.id == able[0]
-    for layout in (row.id for row in LAYOUTS):
+    for layout in (row.id for row in all_layouts()):
         if layout not in able:
             with pytest.raises(ConversionError, match=f'layout={layout!r} does not compute.*{able[0]}'):
                 convert.to_torch(model, variables, layout=layout)
@@ -160,7 +162,7 @@ def test_an_unknown_layout_is_answered_with_those_there_are() -> None:
         convert.to_torch(model, variables, layout='D9')
 
 
-@pytest.mark.parametrize('layout', LAYOUTS, ids=lambda layout: layout.id)
+@pytest.mark.parametrize('layout', all_layouts(), ids=lambda layout: layout.id)
 def test_renaming_goes_both_ways(layout: Layout) -> None:
     """Also in models of more than ten blocks, where a number has two digits."""
     theirs = leaves(layout, depth=12)
@@ -181,5 +183,5 @@ def test_a_missing_block_is_said_and_not_skipped() -> None:
 
 
 def test_every_layout_has_a_golden_file_and_fields_of_its_model() -> None:
-    assert {layout_of(name) for name in CONVERTED} == {layout.id for layout in LAYOUTS}
-    assert {layout.model for layout in LAYOUTS} == {SimpleViT, DeepViT}
+    assert {layout_of(name) for name in CONVERTED} == {layout.id for layout in all_layouts()}
+    assert {layout.model for layout in all_layouts()} == {SimpleViT, DeepViT}

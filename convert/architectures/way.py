@@ -1,14 +1,14 @@
-"""The parts of both models once more, in plain numpy and float64, with what people get wrong as arguments."""
+"""The parts of a model once more, in plain numpy and float64, with what people get wrong as arguments."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
 from einops import rearrange
 from flax import linen as nn
 
-from flax_vit import SimpleViT
 from flax_vit.layers import pair
 
 
@@ -18,6 +18,7 @@ def to_tf32(x: np.ndarray) -> np.ndarray:
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+MAPS = 2**26  # numbers of attention maps that are held to try other heads
 ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     'float64': lambda x: x,
     'float32': lambda x: x.astype(np.float32),
@@ -46,6 +47,17 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class Way:
     """A way to compute the parts of a model for one image, in float64. The defaults are PyTorch's."""
 
+    # PyTorch's names of the modules; those of the last two within their block's part
+    HEAD: ClassVar[str]
+    TO_OUT: ClassVar[str]
+    SECOND_LINEAR: ClassVar[str]
+    POOLS: ClassVar[Mapping[str, str]] = {
+        'cls': 'the class token',
+        'mean': 'the mean of all tokens',
+        'mean of the others': 'the mean of all tokens but the first',
+        'last': 'the last token',
+    }
+
     model: nn.Module
     tensors: Mapping[str, np.ndarray]  # PyTorch's names and shapes; also a SimpleViT's 'pos_embedding'
     heads: int
@@ -57,13 +69,45 @@ class Way:
     left_out: frozenset[str] = frozenset()  # norms, 'residual', 're-attention'
     softmax: str = 'float64'
     softmax_axis: int = -1  # of heads, queries, keys
-    reattention_axis: int = 0
     join: str = 'n (h d)'
     activation: str = 'erf'
     final_norm: str | None = None  # its name, None: no norm here
     norm_when: str = 'before'  # pooling
     pool: str = 'mean'
     products: str = 'float64'  # what the inputs of matrix products are rounded to
+
+    @classmethod
+    def right(cls, model: Any, tensors: Mapping[str, np.ndarray]) -> 'Way':
+        """PyTorch's, with tensors in float64."""
+        raise NotImplementedError
+
+    @classmethod
+    def for_part(cls, model: Any, tensors: Mapping[str, np.ndarray], part: str) -> 'Way':
+        """PyTorch's way, with the tensors that the part and the tokens before it need."""
+        needed = (*cls.owned(part), 'pos_embedding', 'cls_token')
+        if part == 'to_latent':
+            needed += (f'{cls.HEAD}.0.',)  # the norm that may be taken before pooling by mistake
+        exact = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items() if name.startswith(needed)}
+        return cls.right(model, exact)
+
+    @classmethod
+    def owned(cls, part: str) -> tuple[str, ...]:
+        """The beginnings of the names of the parameters that a part depends on."""
+        if part.startswith('to_patch_embedding'):
+            return ('to_patch_embedding.',)
+        positions = ('pos_embedding', 'cls_token') if part == 'transformer.layers.0.0' else ()
+        ends = {'to_latent': ('transformer.norm.',), '': (f'{cls.HEAD}.',)}
+        return ends.get(part, (f'{part}.', *positions))
+
+    def mistakes_of_heads(self, part: str, inner_dim: int, tokens: int) -> Iterator['Mistake']:
+        """What the number of heads may be by mistake, and what is done with them."""
+        for heads in range(1, inner_dim + 1):
+            if inner_dim % heads == 0 and heads != self.heads and heads * tokens**2 <= MAPS:
+                yield Mistake(f'if heads={heads} instead of {self.heads}', {'heads': heads})
+
+    def position_mistakes(self) -> dict[str, np.ndarray]:
+        """Position tables that are wrong, by the words for it."""
+        return {'without positions': np.zeros_like(self.tensors['pos_embedding'])}
 
     def compute(self, part: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """The output of the part that PyTorch calls so; `inputs` as `part_inputs` gives them."""
@@ -103,19 +147,17 @@ class Way:
         rounded = ROUNDINGS[self.softmax](dots)
         attn = np.exp(rounded - rounded.max(axis=self.softmax_axis, keepdims=True))
         attn = np.asarray(attn / attn.sum(axis=self.softmax_axis, keepdims=True), np.float64)
-        if f'{name}.reattn_weights' in self.tensors and 're-attention' not in self.left_out:
-            mix = self.tensors[f'{name}.reattn_weights']
-            attn = np.moveaxis(self.product(np.moveaxis(attn, 0, -1), mix), -1, 0)
-            last = np.moveaxis(attn, self.reattention_axis, -1)
-            attn = np.moveaxis(self.norm(last, f'{name}.reattn_norm.1'), -1, self.reattention_axis)
-        out = self.product(attn, v)
+        out = self.product(self.reattended(attn, name), v)
         joined = out.reshape(len(x), -1) if self.join == 'reshape' else rearrange(out, f'h n d -> {self.join}')
-        return self.linear(joined, f'{name}.to_out' if isinstance(self.model, SimpleViT) else f'{name}.to_out.0')
+        return self.linear(joined, f'{name}.{self.TO_OUT}')
+
+    def reattended(self, attn: np.ndarray, name: str) -> np.ndarray:
+        """What becomes of the softmax (heads, queries, keys) before it is multiplied by the values."""
+        return attn
 
     def feed_forward(self, x: np.ndarray, name: str) -> np.ndarray:
-        last = 3 if isinstance(self.model, SimpleViT) else 4  # DeepViT has a Dropout in between
         x = ACTIVATIONS[self.activation](self.linear(self.norm(x, f'{name}.net.0'), f'{name}.net.1'))
-        return self.linear(x, f'{name}.net.{last}')
+        return self.linear(x, f'{name}.{self.SECOND_LINEAR}')
 
     def pooled(self, x: np.ndarray) -> np.ndarray:
         if self.final_norm and self.norm_when == 'before':
@@ -126,10 +168,9 @@ class Way:
     def logits(self, x: np.ndarray) -> np.ndarray:
         if not self.model.num_classes:
             return x
-        if 'linear_head.weight' in self.tensors:
-            return self.linear(x, 'linear_head')
-        head = 'linear_head' if isinstance(self.model, SimpleViT) else 'mlp_head'
-        return self.linear(self.norm(x, f'{head}.0'), f'{head}.1')
+        if f'{self.HEAD}.weight' in self.tensors:
+            return self.linear(x, self.HEAD)
+        return self.linear(self.norm(x, f'{self.HEAD}.0'), f'{self.HEAD}.1')
 
     def linear(self, x: np.ndarray, name: str) -> np.ndarray:
         return self.product(x, self.tensors[f'{name}.weight'].T) + self.tensors.get(f'{name}.bias', 0.0)
@@ -151,17 +192,20 @@ class Way:
         return normalised * self.tensors[f'{name}.weight'] + self.tensors[f'{name}.bias']
 
 
-def right_way(model: nn.Module, tensors: Mapping[str, np.ndarray], part: str) -> Way:
-    """PyTorch's way, with the tensors that the part and the tokens before it need."""
-    needed = (*owned(part), 'pos_embedding', 'cls_token')
-    if part == 'to_latent':
-        needed += ('mlp_head.0.', 'linear_head.0.')  # the norms that may be taken before pooling by mistake
-    exact = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items() if name.startswith(needed)}
-    if isinstance(model, SimpleViT):
-        exact['pos_embedding'] = np.asarray(model.pos_embedding(), np.float64)
-        final_norm = None if model.norm_after_mean else 'transformer.norm'
-        return Way(model, exact, model.heads, final_norm=final_norm)
-    return Way(model, exact, model.heads, pool=model.pool)
+@dataclass(frozen=True)
+class Mistake:
+    """What somebody did otherwise: arguments of a Way and tensors read wrongly."""
+
+    words: str  # after 'matches'
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def applied(self, way: Way) -> Way:
+        return replace(way, **self.fields, tensors={**way.tensors, **self.tensors})
+
+    def and_also(self, other: 'Mistake') -> 'Mistake':
+        words = f'{self.words} and {other.words}'
+        return Mistake(words, {**self.fields, **other.fields}, {**self.tensors, **other.tensors})
 
 
 def part_inputs(way: Way, image: np.ndarray, outputs: Mapping[str, np.ndarray], part: str) -> list[np.ndarray]:
@@ -176,15 +220,6 @@ def part_inputs(way: Way, image: np.ndarray, outputs: Mapping[str, np.ndarray], 
     if part == '' or len(before) == 1:
         return [outputs[before[-1]]]
     return [way.embedded(outputs[before[0]]), *(outputs[name] for name in before[1:])]
-
-
-def owned(part: str) -> tuple[str, ...]:
-    """The beginnings of the names of the parameters that a part depends on."""
-    if part.startswith('to_patch_embedding'):
-        return ('to_patch_embedding.',)
-    positions = ('pos_embedding', 'cls_token') if part == 'transformer.layers.0.0' else ()
-    ends = {'to_latent': ('transformer.norm.',), '': ('mlp_head.', 'linear_head.')}
-    return ends.get(part, (f'{part}.', *positions))
 
 
 def short(name: str, part: str) -> str:

@@ -1,0 +1,28 @@
+"""The architectures that are converted: one file each, beside `flax_vit/<model>.py`. Imports flax_vit alone.
+
+A new one is a file here and its line in ARCHITECTURES.
+"""
+
+from flax import linen as nn
+
+from convert.architectures.architecture import Architecture, Layout
+from convert.architectures.deep_vit import DeepViTArchitecture
+from convert.architectures.simple_vit import SimpleViTArchitecture
+
+ARCHITECTURES: list[Architecture] = [SimpleViTArchitecture(), DeepViTArchitecture()]
+
+
+def architecture_of(model: nn.Module | type[nn.Module]) -> Architecture:
+    """The record of a model, or of its class, which is one of them."""
+    model_class = model if isinstance(model, type) else type(model)
+    return next(architecture for architecture in ARCHITECTURES if architecture.model is model_class)
+
+
+def all_layouts() -> list[Layout]:
+    """Those of all architectures."""
+    return [layout for architecture in ARCHITECTURES for layout in architecture.layouts]
+
+
+def model_names() -> str:
+    """'SimpleViT or DeepViT'."""
+    return ' or '.join(architecture.model.__name__ for architecture in ARCHITECTURES)

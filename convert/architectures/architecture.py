@@ -1,0 +1,289 @@
+"""What the converter knows of an architecture: the record that each file beside this one fills. Imports flax_vit."""
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from flax import linen as nn
+
+from convert.architectures.way import Way
+from convert.errors import ConversionError
+from flax_vit.layers import pair
+
+IDENTITY = 'torch.nn.modules.linear.Identity'
+_NUMBER = re.compile(r'(?<=\.layers\.|encoder_)\d+(?=\.)')  # of a block, in a parameter's name
+
+
+@dataclass(frozen=True)
+class Field:
+    """The value of a model's field and how it came about."""
+
+    value: Any  # None when unknown
+    how: Literal['given', 'inferred', 'assumed', 'unknown']
+    why: str = ''  # empty where an unknown follows from another
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The names that a range of releases gave to the parameters of one model."""
+
+    id: str
+    model: type[nn.Module]
+    releases: str
+    fields: Mapping[str, Any] = field(default_factory=dict)  # of the model, where they are not its defaults
+    renames: Mapping[str, str] = field(default_factory=dict)  # beginnings of its names -> of the Flax model's
+
+    def __str__(self) -> str:
+        return f'{self.model.__name__} of vit-pytorch {self.releases}'
+
+    def to_today(self, name: str) -> str:
+        """The Flax model's PyTorch name of what this layout calls `name`."""
+        return rename(name, self.renames)
+
+    def from_today(self, name: str) -> str:
+        """What this layout calls the parameter with the Flax model's PyTorch name `name`."""
+        return rename(name, {ours: theirs for theirs, ours in self.renames.items()})
+
+
+def pattern(name: str) -> str:
+    """`name` with `#` for the number of its block."""
+    return _NUMBER.sub('#', name, count=1)
+
+
+def block_number(name: str) -> str | None:
+    """The number of the block in `name`."""
+    number = _NUMBER.search(name)
+    return number[0] if number else None
+
+
+def rename(name: str, renames: Mapping[str, str]) -> str:
+    """`name` with the longest beginning that has another name replaced by it."""
+    number, general = block_number(name), pattern(name)
+    for old, new in sorted(renames.items(), key=lambda rule: -len(rule[0])):
+        if general.startswith(old):
+            renamed = new + general.removeprefix(old)
+            return renamed.replace('#', number, 1) if number else renamed
+    return name
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The size of an axis in terms of the model's fields: factor x value + offset."""
+
+    quantity: str
+    factor: int = 1
+    offset: int = 0
+
+    def size(self, sizes: Mapping[str, int]) -> int | str:
+        """The axis's size, or what it holds in words where `sizes` doesn't tell."""
+        return self.factor * sizes[self.quantity] + self.offset if self.quantity in sizes else str(self)
+
+    def __str__(self) -> str:
+        scaled = f'{self.factor} x {self.quantity}' if self.factor > 1 else self.quantity
+        return f'{scaled} + {self.offset}' if self.offset else scaled
+
+
+@dataclass(frozen=True)
+class AttentionMap:
+    """Which modules of an attention put out its map, in PyTorch and here."""
+
+    torch: str
+    flax: str
+    words: str = ''  # what tells it from the block's other maps
+    heads_last: bool = False  # in PyTorch; here the axes are heads, queries, keys
+
+
+class Architecture:
+    """What the converter knows of a model beyond the names of its parameters, which are the Flax model's own.
+
+    What an architecture doesn't say is as in vit-pytorch's vision transformers: `transformer.layers.#` are the blocks,
+    attention and feed-forward in turn, behind `to_patch_embedding`.
+    """
+
+    model: ClassVar[Any]  # the Flax model's class
+    torch_classes: ClassVar[tuple[str, ...]]  # those that compute it; a port is compared with the first
+    layouts: ClassVar[tuple[Layout, ...]]  # the newest of each function first: it is the one that `to_torch` writes
+    axes: ClassVar[tuple[Axis, ...]] = (  # what those of the parameters hold
+        Axis('1'),
+        Axis('channels x patch area'),
+        Axis('dim'),
+        Axis('mlp_dim'),
+        Axis('num_classes'),
+        Axis('heads x dim_head'),
+        Axis('heads x dim_head', factor=3),
+    )
+    # A small model in which no two axes are alike, as a test holds, so that a size tells what an axis holds.
+    probe: ClassVar[Mapping[str, Any]] = {
+        'image_size': 10,
+        'patch_size': 2,
+        'channels': 3,
+        'dim': 20,
+        'mlp_dim': 29,
+        'num_classes': 31,
+        'heads': 7,
+        'dim_head': 11,
+    }
+    assumed: ClassVar[frozenset[str]] = frozenset()  # fields that no weights tell, and vit-pytorch has a default for
+    attention_maps: ClassVar[tuple[AttentionMap, ...]] = ()
+    float32_positions: ClassVar[bool] = False  # computed, not learned: in float32 even where all else is float64
+    way: ClassVar[type[Way] | None] = None  # its parts in numpy, to tell causes; None: no cause is known
+
+    @property
+    def release_fields(self) -> frozenset[str]:
+        """The fields for what releases computed differently."""
+        return frozenset().union(*(layout.fields for layout in self.layouts))
+
+    def layouts_of(self, model: nn.Module) -> list[Layout]:
+        """The layouts whose releases compute what `model` does."""
+        return [
+            layout
+            for layout in self.layouts
+            if all(
+                getattr(model, name) == layout.fields.get(name, getattr(self.model, name))
+                for name in self.release_fields
+            )
+        ]
+
+    def quantities(self, model: Any) -> dict[str, int]:
+        """What the axes are made of, for a model."""
+        (rows, columns), (height, width) = pair(model.patch_size), pair(model.image_size)
+        return {
+            '1': 1,
+            'heads': model.heads,
+            'channels x patch area': model.channels * rows * columns,
+            'dim': model.dim,
+            'patches': (height // rows) * (width // columns),
+            'mlp_dim': model.mlp_dim,
+            'num_classes': model.num_classes,
+            'heads x dim_head': model.heads * model.dim_head,
+        }
+
+    def told_by_sizes(
+        self, fields: Mapping[str, Field], sizes: Mapping[str, int], defaults: Mapping[str, Any]
+    ) -> dict[str, Field]:
+        """The fields that `sizes`, those of the quantities, tell together with the `fields` that are known.
+
+        Raises ConversionError when they contradict each other.
+        """
+        found = dict(fields)
+        found |= heads_of(found, sizes['heads x dim_head'], defaults['dim_head'])
+        found |= patches_of(found, sizes['channels x patch area'], defaults['channels'])
+        return found | self.image_size(found, sizes)
+
+    def image_size(self, fields: Mapping[str, Field], sizes: Mapping[str, int]) -> dict[str, Field]:
+        """image_size, if the weights tell it."""
+        name = self.model.__name__
+        why = f"the weights don't hold {name}'s image size: give image_size=224 (or a pair) as in training"
+        return {} if 'image_size' in fields else {'image_size': Field(None, 'unknown', why)}
+
+    def known_fields(self, module: Any) -> dict[str, Any]:
+        """Fields that a live torch module tells, where the weights can't."""
+        patch, attend = module.to_patch_embedding[0].axes_lengths, first_attention(module)
+        fields = {'heads': attend.heads, 'patch_size': one_or_pair((patch['p1'], patch['p2']))}
+        return fields | ({'num_classes': 0} if class_name(getattr(module, self.model.HEAD)) == IDENTITY else {})
+
+    def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
+        """The torch module that computes what `model` does, with random weights; `arguments` are the fields' values."""
+        import torch
+
+        package, _, name = self.torch_classes[0].rpartition('.')
+        module = getattr(import_module(package), name)(**{**arguments, 'num_classes': model.num_classes or 1})
+        if not model.patch_norm:
+            cut, _, linear, _ = module.to_patch_embedding
+            module.to_patch_embedding = torch.nn.Sequential(cut, linear)
+        if not model.num_classes:
+            setattr(module, self.model.HEAD, torch.nn.Identity())
+        return module
+
+    def parts(self, model: Any) -> dict[str, str]:
+        """What is compared, in the order of the computation: PyTorch's names of modules, and what they are."""
+        parts = {f'to_patch_embedding.{3 if model.patch_norm else 1}': 'patch embedding'}
+        for block in range(model.depth):
+            parts[f'transformer.layers.{block}.0'] = f'block {block} attention'
+            parts[f'transformer.layers.{block}.1'] = f'block {block} feed-forward'
+        return parts | {'to_latent': 'pooled features', '': 'logits' if model.num_classes else 'features'}
+
+    def table(self, model: Any) -> tuple[float, float] | None:
+        """How far positions that are no parameters are from PyTorch's on this machine, and how far they may be."""
+        return None
+
+    def table_and_mistakes(self, model: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """The port's such positions, the exact ones, and wrong ones by the words for it."""
+        raise NotImplementedError
+
+    def alternatives(self, model: Any) -> Iterator[dict[str, Any]]:
+        """Other values of the fields that weights can't tell, which take the same weights."""
+        yield from ()
+
+
+def heads_of(fields: Mapping[str, Field], inner_dim: int, default: int) -> dict[str, Field]:
+    """Heads and dim_head, of which the weights hold the product."""
+    heads, dim_head = fields.get('heads'), fields.get('dim_head')
+    arithmetic = f'to_qkv holds 3 x {inner_dim}, that is 3 x heads x dim_head'
+    if heads and dim_head:
+        if heads.value * dim_head.value != inner_dim:
+            raise ConversionError(f'heads={heads.value} x dim_head={dim_head.value} is not {inner_dim}: {arithmetic}.')
+        return {}
+    for known, name, other in ((heads, 'heads', 'dim_head'), (dim_head, 'dim_head', 'heads')):
+        if known:
+            if inner_dim % known.value:
+                raise ConversionError(f'{name}={known.value} does not divide {inner_dim}: {arithmetic}.')
+            return {other: Field(inner_dim // known.value, 'inferred', f'{inner_dim} / {name} {known.value}')}
+    if inner_dim % default == 0:
+        why = f"{arithmetic}; dim_head {default} is vit-pytorch's default"
+        return {
+            'dim_head': Field(default, 'assumed', why),
+            'heads': Field(inner_dim // default, 'assumed', why),
+        }
+    choices = ', '.join(f'heads={n} if dim_head is {inner_dim // n}' for n in range(1, 33) if inner_dim % n == 0)
+    why = f"{arithmetic}, and vit-pytorch's default dim_head {default} does not divide it: {choices}"
+    return {'heads': Field(None, 'unknown', why), 'dim_head': Field(None, 'unknown')}
+
+
+def patches_of(fields: Mapping[str, Field], patch_dim: int, default: int) -> dict[str, Field]:
+    """Channels and patch_size, of which the weights hold channels x patch height x patch width."""
+    channels, patch_size = fields.get('channels'), fields.get('patch_size')
+    arithmetic = f'a patch holds {patch_dim} values, that is channels x patch height x patch width'
+    if patch_size:
+        area = math.prod(pair(patch_size.value))
+        if patch_dim % area or (channels and channels.value * area != patch_dim):
+            shown = f'patch_size={patch_size.value}' + (f' with channels={channels.value}' if channels else '')
+            raise ConversionError(f'{shown} does not fit: {arithmetic}.')
+        return {'channels': Field(patch_dim // area, 'inferred', f'{patch_dim} / {area}')} if not channels else {}
+    if channels:
+        if patch_dim % channels.value:
+            raise ConversionError(f'channels={channels.value} does not divide {patch_dim}: {arithmetic}.')
+        side = math.isqrt(patch_dim // channels.value)
+        if side**2 * channels.value == patch_dim:
+            return {'patch_size': Field(side, 'inferred', f'{patch_dim} = {channels.value} x {side}²')}
+        return {'patch_size': Field(None, 'unknown', f'{arithmetic}; give patch_size=(height, width)')}
+    side = math.isqrt(patch_dim // default)
+    if default * side**2 == patch_dim:
+        why = f"{arithmetic}; {default} channels are vit-pytorch's default"
+        return {'channels': Field(default, 'assumed', why), 'patch_size': Field(side, 'assumed', why)}
+    choices = ', '.join(
+        f'channels={patch_dim // n**2} if patch_size is {n}'
+        for n in range(1, math.isqrt(patch_dim) + 1)
+        if patch_dim % n**2 == 0
+    )
+    why = f"{arithmetic}, and vit-pytorch's default of {default} channels does not fit a square: {choices}"
+    return {'channels': Field(None, 'unknown', why), 'patch_size': Field(None, 'unknown')}
+
+
+def first_attention(module: Any) -> Any:
+    """The attention of a torch module's first block."""
+    return next(part for _, part in module.named_modules() if type(part).__name__ == 'Attention')
+
+
+def one_or_pair(sizes: tuple[int, int]) -> int | tuple[int, int]:
+    """One number for both where they are the same."""
+    return sizes[0] if sizes[0] == sizes[1] else sizes
+
+
+def class_name(value: object) -> str:
+    """The full name of the class, as imported."""
+    return f'{type(value).__module__}.{type(value).__qualname__}'

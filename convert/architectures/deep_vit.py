@@ -1,0 +1,112 @@
+"""vit-pytorch's DeepViT: the layouts of its names, and what people get wrong in it. Imports flax_vit."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from convert.architectures.architecture import (
+    Architecture,
+    AttentionMap,
+    Axis,
+    Field,
+    Layout,
+    first_attention,
+)
+from convert.architectures.way import Mistake, Way
+from convert.errors import ConversionError
+from flax_vit.deep_vit import DeepViT
+
+_PRENORM = {
+    'transformer.layers.#.0.fn.norm.': 'transformer.layers.#.0.norm.',
+    'transformer.layers.#.0.fn.fn.': 'transformer.layers.#.0.',
+    'transformer.layers.#.1.fn.norm.': 'transformer.layers.#.1.net.0.',
+    'transformer.layers.#.1.fn.fn.net.0.': 'transformer.layers.#.1.net.1.',
+    'transformer.layers.#.1.fn.fn.net.3.': 'transformer.layers.#.1.net.4.',
+}
+
+
+@dataclass(frozen=True)
+class DeepViTWay(Way):
+    """A way to compute a DeepViT."""
+
+    HEAD = 'mlp_head'
+    TO_OUT = 'to_out.0'
+    SECOND_LINEAR = 'net.4'  # a Dropout is in between
+
+    reattention_axis: int = 0  # of heads, queries, keys: the one that is normalised
+
+    @classmethod
+    def right(cls, model: Any, tensors: Mapping[str, np.ndarray]) -> 'DeepViTWay':
+        return cls(model, tensors, model.heads, pool=model.pool)
+
+    def reattended(self, attn: np.ndarray, name: str) -> np.ndarray:
+        if 're-attention' in self.left_out:
+            return attn
+        mix = self.tensors[f'{name}.reattn_weights']
+        attn = np.moveaxis(self.product(np.moveaxis(attn, 0, -1), mix), -1, 0)
+        last = np.moveaxis(attn, self.reattention_axis, -1)
+        return np.moveaxis(self.norm(last, f'{name}.reattn_norm.1'), -1, self.reattention_axis)
+
+    def mistakes_of_heads(self, part: str, inner_dim: int, tokens: int) -> Iterator[Mistake]:
+        identity = {f'{part}.reattn_weights': np.eye(self.heads)}
+        yield Mistake('without re-attention', {'left_out': frozenset({'re-attention'})})
+        yield Mistake('without the mixing of heads, but with its LayerNorm', tensors=identity)
+        for axis, called in {1: 'queries', 2: 'keys'}.items() if tokens == self.heads else ():
+            yield Mistake(f'with re-attention normalised over {called} instead of heads', {'reattention_axis': axis})
+
+    def position_mistakes(self) -> dict[str, np.ndarray]:
+        right = self.tensors['pos_embedding']
+        return super().position_mistakes() | {
+            'if the class token takes the last position': np.roll(right, 1, axis=1),
+            "if the patches start at the class token's position": np.roll(right, -1, axis=1),
+            'if the class token gets no position': np.concatenate([0 * right[:, :1], right[:, 1:]], axis=1),
+        }
+
+
+class DeepViTArchitecture(Architecture):
+    """vit-pytorch's DeepViT: learned positions, a class token, re-attention."""
+
+    model = DeepViT
+    torch_classes = ('vit_pytorch.deepvit.DeepViT',)
+    layouts = (
+        Layout('D2', DeepViT, '1.4.3 and later'),
+        Layout('D1', DeepViT, '1.0.0 to 1.4.2', {}, _PRENORM),
+        Layout('D0', DeepViT, '0.9.0 to 0.40.2', {'patch_norm': False}, _PRENORM),
+    )
+    axes = (*Architecture.axes, Axis('heads'), Axis('patches', offset=1))
+    assumed = frozenset({'pool', 'dropout', 'emb_dropout'})
+    attention_maps = (
+        AttentionMap('dropout', 'attention_dropout', ', before re-attention'),
+        AttentionMap('reattn_norm.1', 'reattn_norm.1', ', after re-attention', heads_last=True),
+    )
+    way = DeepViTWay
+
+    def image_size(self, fields: Mapping[str, Field], sizes: Mapping[str, int]) -> dict[str, Field]:
+        """pos_embedding has a row for the class token and for each patch of a square."""
+        image_size, patch_size, patches = fields.get('image_size'), fields['patch_size'], sizes['patches']
+        side = math.isqrt(patches)
+        if side**2 != patches:
+            raise ConversionError(
+                f'pos_embedding has {patches} patches and a class token, but {patches} is not a square.'
+            )
+        if patch_size.value is None:
+            return {} if image_size else {'image_size': Field(None, 'unknown')}
+        inferred = side * patch_size.value
+        if image_size and image_size.value != inferred:
+            raise ConversionError(
+                f'image_size={image_size.value!r} contradicts the weights: pos_embedding has {side} x {side} patches '
+                f'of {patch_size.value}, which is {inferred}.'
+            )
+        how: Any = 'assumed' if patch_size.how == 'assumed' else 'inferred'
+        why = f'{side} x {side} patches of {patch_size.value}'
+        return {} if image_size else {'image_size': Field(inferred, how, why)}
+
+    def known_fields(self, module: Any) -> dict[str, Any]:
+        dropouts = {'dropout': first_attention(module).to_out[1].p, 'emb_dropout': module.dropout.p}
+        return super().known_fields(module) | {'pool': module.pool} | dropouts
+
+    def alternatives(self, model: Any) -> Iterator[dict[str, Any]]:
+        yield {'pool': 'mean' if model.pool == 'cls' else 'cls'}

@@ -1,0 +1,149 @@
+"""vit-pytorch's SimpleViT: the layouts of its names, its sincos table, and what people get wrong. Imports flax_vit."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from einops import rearrange
+
+from convert.architectures.architecture import Architecture, AttentionMap, Layout, one_or_pair
+from convert.architectures.way import Way
+from convert.errors import ConversionError
+from flax_vit.simple_vit import SimpleViT, posemb_sincos_2d
+
+_B_COS = {
+    'to_patch_embedding.linear.': 'to_patch_embedding.1.',
+    'transformer.encoder_#.attn.': 'transformer.layers.#.0.',
+    'transformer.encoder_#.ff.net.norm.': 'transformer.layers.#.1.net.0.',
+    'transformer.encoder_#.ff.net.linear1.': 'transformer.layers.#.1.net.1.',
+    'transformer.encoder_#.ff.net.linear2.': 'transformer.layers.#.1.net.3.',
+    'linear_head.norm.': 'linear_head.0.',
+    'linear_head.linear.': 'linear_head.1.',
+}
+_BEFORE_1_4 = {'norm_after_mean': True}
+_BEFORE_1_0 = {'patch_norm': False, **_BEFORE_1_4}
+
+
+@dataclass(frozen=True)
+class SimpleViTWay(Way):
+    """A way to compute a SimpleViT."""
+
+    HEAD = 'linear_head'
+    TO_OUT = 'to_out'
+    SECOND_LINEAR = 'net.3'
+    POOLS: ClassVar[Mapping[str, str]] = {**Way.POOLS, 'cls': 'the first token'}
+
+    @classmethod
+    def right(cls, model: Any, tensors: Mapping[str, np.ndarray]) -> 'SimpleViTWay':
+        table = np.asarray(model.pos_embedding(), np.float64)
+        final_norm = None if model.norm_after_mean else 'transformer.norm'
+        return cls(model, {**tensors, 'pos_embedding': table}, model.heads, final_norm=final_norm)
+
+    def position_mistakes(self) -> dict[str, np.ndarray]:
+        return table_mistakes(self.model, self.tensors['pos_embedding'])
+
+
+class SimpleViTArchitecture(Architecture):
+    """vit-pytorch's SimpleViT: its position table is computed, and in no checkpoint."""
+
+    model = SimpleViT
+    torch_classes = (
+        'vit_pytorch.simple_vit.SimpleViT',
+        'vit_pytorch.simple_vit_with_patch_dropout.SimpleViT',
+        'vit_pytorch.simple_flash_attn_vit.SimpleViT',
+    )
+    layouts = (
+        Layout('S3', SimpleViT, '1.4.1 and later'),
+        Layout('S1', SimpleViT, '1.0.0 to 1.2.9', _BEFORE_1_4),
+        Layout('S0', SimpleViT, '0.35.0 to 0.40.2', _BEFORE_1_0),
+        Layout('B-cos', SimpleViT, '0.35.0 to 0.40.2, under the names of B-cos/B-cos-v2', _BEFORE_1_0, _B_COS),
+    )
+    attention_maps = (AttentionMap('attend', 'attend'),)
+    float32_positions = True
+    way = SimpleViTWay
+
+    def known_fields(self, module: Any) -> dict[str, Any]:
+        fields = super().known_fields(module)
+        if hasattr(module, 'pos_embedding'):  # since vit-pytorch 1.2.5
+            grid = sincos_grid(module.pos_embedding.detach().cpu().numpy())
+            patch = module.to_patch_embedding[0].axes_lengths
+            fields['image_size'] = one_or_pair((grid[0] * patch['p1'], grid[1] * patch['p2']))
+        return fields
+
+    def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
+        """With the port's position table, compared apart: PyTorch's depends on the processor in the last bits."""
+        import torch
+        from torch import nn
+
+        module = super().torch_module(model, arguments)
+        module.pos_embedding = torch.from_numpy(model.pos_embedding())
+        if model.norm_after_mean:
+            head = nn.Sequential(module.transformer.norm, module.linear_head)
+            module.linear_head = head if model.num_classes else module.linear_head
+            module.transformer.norm = nn.Identity()
+        return module
+
+    def table(self, model: Any) -> tuple[float, float]:
+        """The largest difference between the port's sincos table and PyTorch's on this machine, and what it may be.
+
+        Both take the same float32 steps. PyTorch's power may be one unit in the last place (2⁻²³) off, its product half
+        a unit more; an angle, at most the position, carries both into the sine, which adds a unit of its own.
+        """
+        from vit_pytorch.simple_vit import posemb_sincos_2d as theirs
+
+        height, width = model.grid
+        difference = np.abs(theirs(height, width, model.dim).numpy() - model.pos_embedding()).max()
+        return float(difference), (2 * max(height, width) + 1) * 2.0**-23
+
+    def table_and_mistakes(self, model: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        (height, width), quarter = model.grid, model.dim // 4
+        exact = sincos(height, width, quarter, quarter - 1)
+        return model.pos_embedding(), exact, table_mistakes(model, exact)
+
+    def alternatives(self, model: Any) -> Iterator[dict[str, Any]]:
+        inner_dim, tokens = model.heads * model.dim_head, math.prod(model.grid)
+        for heads in range(1, inner_dim + 1):
+            if inner_dim % heads == 0 and heads != model.heads:
+                # no more of the attention maps at once than of the model itself, however many heads there are
+                chunk = max(1, tokens * model.heads // heads)
+                yield {'heads': heads, 'dim_head': inner_dim // heads, 'query_chunk_size': chunk}
+
+
+def sincos_grid(table: np.ndarray) -> tuple[int, int]:
+    """The height and width in patches of the grid whose sincos table (height x width, dim) this is."""
+    tokens, dim = table.shape
+    for height in range(1, tokens + 1):
+        width = tokens // height
+        if height * width == tokens and np.abs(posemb_sincos_2d(height, width, dim) - table).max() < 1e-3:
+            return height, width
+    raise ConversionError('pos_embedding is not the sincos table of SimpleViT: another function.')
+
+
+def table_mistakes(model: Any, right: np.ndarray) -> dict[str, np.ndarray]:
+    """Sincos tables that are wrong, by the words for it."""
+    height, width = model.grid
+    quarter = model.dim // 4
+    axes = 'n (side function frequency)'
+    sizes = {'side': 2, 'function': 2}
+    exact = sincos(height, width, quarter, quarter - 1)
+    return {
+        'without positions': np.zeros_like(right),
+        'with the axes of the sincos table swapped (y before x)': np.roll(right, 2 * quarter, axis=1),
+        'with cosines before sines': rearrange(right, f'{axes} -> n side function frequency', **sizes)[
+            :, :, ::-1
+        ].reshape(right.shape),
+        'with sines and cosines in turn': rearrange(right, f'{axes} -> n (side frequency function)', **sizes),
+        'with the sincos table column by column': rearrange(right, '(h w) d -> (w h) d', h=height),
+        'with frequencies of steps 4 / dim instead of 1 / (dim / 4 - 1)': sincos(height, width, quarter, quarter),
+        'with the sincos table computed in float64': exact,
+        'with the sincos table computed in float64, then rounded': exact.astype(np.float32).astype(np.float64),
+    }
+
+
+def sincos(height: int, width: int, quarter: int, steps: int) -> np.ndarray:
+    """The sincos table (tokens, dim) in float64, with `quarter` frequencies."""
+    y, x = (axis.reshape(-1, 1) for axis in np.mgrid[:height, :width])
+    omega = 10_000.0 ** -(np.arange(quarter) / steps)
+    return np.concatenate([function(angle * omega) for angle in (x, y) for function in (np.sin, np.cos)], axis=1)
