@@ -4,6 +4,7 @@ Submodules have the PyTorch names in the PyTorch order, so that PyTorch's `trans
 is `transformer/layers_3_1/net_4/kernel` here.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from numbers import Real
 from typing import ClassVar
@@ -151,6 +152,10 @@ class DeepViT(Layer):
     """
 
     HEAD: ClassVar[str] = 'mlp_head'
+    POSITIONS: ClassVar[str | None] = 'pos_embedding'
+    # The modules of an attention that put out its maps; a dropout at rest puts out what it gets, the softmax.
+    MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attention_dropout', 'reattention': 'reattn_norm_1'}
+    SAME_WEIGHTS: ClassVar[Sequence[str]] = ('dim_head', 'pool')  # fields that make other functions of them
 
     image_size: int  # pixels of a side; smaller images, also oblong ones, use the first positions
     patch_size: int

@@ -14,15 +14,8 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 from jaxtyping import Float, Shaped
 
-from flax_vit.deep_vit import DeepViT
-from flax_vit.simple_vit import SimpleViT
+from flax_vit.architectures import MODELS, is_ours
 from flax_vit.stacking import Path, stacked_path, unstack_layers
-
-# Which module of an attention puts out the maps; DeepViT's dropout at rest puts out what it gets, the softmax.
-MAPS: dict[type[nn.Module], dict[str, str]] = {
-    SimpleViT: {'attention': 'attend'},
-    DeepViT: {'attention': 'attention_dropout', 'reattention': 'reattn_norm_1'},
-}
 
 
 class Features(NamedTuple):
@@ -36,11 +29,11 @@ class Features(NamedTuple):
     embedding: Float[Array, 'batch tokens dim'] | None  # what the first block gets; None without `tokens`
     tokens: dict[int, Float[Array, 'batch tokens dim']]  # after the block
     attention: dict[int, Float[Array, 'batch heads queries keys']]  # the softmax
-    reattention: dict[int, Float[Array, 'batch heads queries keys']]  # DeepViT's, of any sign and sum; SimpleViT: empty
+    reattention: dict[int, Float[Array, 'batch heads queries keys']]  # DeepViT's, of any sign and sum; else empty
 
 
 def features(
-    model: DeepViT | SimpleViT,
+    model: Any,
     variables: Mapping[str, Any],
     images: Shaped[Array | np.ndarray, 'batch ...'],
     *,
@@ -55,9 +48,8 @@ def features(
     for of one block is held of all until the scan is over. Maps that are asked for are held whole, whatever
     `query_chunk_size` says. Raises ValueError for a block that is not there, another model, and images that don't fit.
     """
-    if type(model) not in MAPS:
-        ours = ' or a '.join(kind.__name__ for kind in MAPS)
-        raise ValueError(f'features looks into a {ours} itself, not a {type(model).__name__}.')
+    if not is_ours(model):
+        raise ValueError(f'features looks into a {" or a ".join(MODELS)} itself, not a {type(model).__name__}.')
     if isinstance(blocks, str | bytes) or not isinstance(blocks, Iterable | None):
         raise ValueError(f'blocks must be several numbers, such as [0, -1], not {blocks!r}.')
     numbers = {block: _number(model, block) for block in (range(model.depth) if blocks is None else blocks)}
@@ -73,7 +65,7 @@ def features(
         places['tokens'] = {block: _after(model, number) for block, number in numbers.items()}
     if attention:
         model = model.clone(query_chunk_size=None)
-        for kind, name in MAPS[type(model)].items():
+        for kind, name in model.MAPS.items():
             places[kind] = {
                 block: ('transformer', f'layers_{number}_0', name, 'output') for block, number in numbers.items()
             }
@@ -99,7 +91,7 @@ def features(
     return Features(logits, **jax.tree.map(kept.__getitem__, places, is_leaf=is_place))
 
 
-def _number(model: DeepViT | SimpleViT, block: int) -> int:
+def _number(model: Any, block: int) -> int:
     """The block counted from 0."""
     if not isinstance(block, Integral) or not -model.depth <= block < model.depth:
         raise ValueError(
@@ -109,6 +101,6 @@ def _number(model: DeepViT | SimpleViT, block: int) -> int:
     return block % model.depth
 
 
-def _after(model: DeepViT | SimpleViT, number: int) -> Path:
+def _after(model: Any, number: int) -> Path:
     """Where the tokens after a block are: in front of what gets them next."""
     return ('transformer', f'layers_{number + 1}_0' if number + 1 < model.depth else 'norm', 'input')

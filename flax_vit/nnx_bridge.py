@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
-from flax_vit.folders.config import MODELS
+from flax_vit.architectures import MODELS
 from flax_vit.parameters import check_variables
 
 

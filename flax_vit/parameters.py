@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from flax_vit.folders.config import MODELS
+from flax_vit.architectures import MODELS, is_ours
 from flax_vit.layers import FLOATS, pair
 
 
@@ -35,7 +35,7 @@ def saved_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
     """ValueError unless these are the variables of the model: the names, the shapes."""
     name = type(model).__name__
-    if type(model) not in MODELS.values():
+    if not is_ours(model):
         raise ValueError(f'The model must be a {" or a ".join(MODELS)}, not a {name}.')
     if not isinstance(variables, Mapping) or set(variables) != {'params'}:
         found = f'a dict of {sorted(variables)}' if isinstance(variables, Mapping) else f'a {type(variables).__name__}'

@@ -4,6 +4,7 @@ Submodules have the PyTorch names in the PyTorch order, so that PyTorch's `trans
 is `transformer/layers_3_1/net_1/kernel` here.
 """
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -115,6 +116,9 @@ class SimpleViT(Layer):
     """
 
     HEAD: ClassVar[str] = 'linear_head'
+    POSITIONS: ClassVar[str | None] = None  # the parameter; here they are computed
+    MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps
+    SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head')  # fields that make other functions of them
 
     image_size: int | tuple[int, int]  # pixels; (height, width) when not square
     patch_size: int | tuple[int, int]

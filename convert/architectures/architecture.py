@@ -192,7 +192,7 @@ class Architecture:
 
         package, _, name = self.torch_classes[0].rpartition('.')
         module = getattr(import_module(package), name)(**{**arguments, 'num_classes': model.num_classes or 1})
-        if not model.patch_norm:
+        if not getattr(model, 'patch_norm', True):
             cut, _, linear, _ = module.to_patch_embedding
             module.to_patch_embedding = torch.nn.Sequential(cut, linear)
         if not model.num_classes:
@@ -201,7 +201,7 @@ class Architecture:
 
     def parts(self, model: Any) -> dict[str, str]:
         """What is compared, in the order of the computation: PyTorch's names of modules, and what they are."""
-        parts = {f'to_patch_embedding.{3 if model.patch_norm else 1}': 'patch embedding'}
+        parts = {f'to_patch_embedding.{3 if getattr(model, "patch_norm", True) else 1}': 'patch embedding'}
         for block in range(model.depth):
             parts[f'transformer.layers.{block}.0'] = f'block {block} attention'
             parts[f'transformer.layers.{block}.1'] = f'block {block} feed-forward'

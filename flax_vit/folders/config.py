@@ -8,7 +8,6 @@ import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,13 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from flax_vit.deep_vit import DeepViT
-from flax_vit.simple_vit import SimpleViT
+from flax_vit.architectures import MODELS, field_names
 
 if sys.platform != 'win32':
     import fcntl
 
 FORMAT = 'flax_vit 2'
 ONE_FILE = 'flax_vit 1'  # the format before weights could be in several files; read, no longer written
-MODELS: Mapping[str, type[nn.Module]] = {'DeepViT': DeepViT, 'SimpleViT': SimpleViT}
 CONFIG = 'config.json'
 CARD = 'README.md'  # the Hugging Face Hub shows it as the model's page
 WEIGHTS = 'model-{}.safetensors'
@@ -186,11 +183,6 @@ def is_weights(name: str) -> bool:
 def is_leftover(name: str) -> bool:
     """Whether a killed `save_pretrained` leaves files of such names."""
     return re.fullmatch(LEFTOVER, name) is not None
-
-
-def field_names(model_class: type[nn.Module]) -> list[str]:
-    """The names of a model's own arguments."""
-    return [field.name for field in fields(model_class) if field.name not in {'parent', 'name'}]
 
 
 def _to_json(value: Any) -> Any:

@@ -1,21 +1,20 @@
 """Other fields than the saved ones: which parameters stay, which are new, which are resized."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax import Array
 
 from flax_vit.layers import pair
 
-HEADS = ('params/linear_head', 'params/mlp_head')  # begin the paths of what num_classes changes
-POSITIONS = 'params/pos_embedding'
 CUT = {'patch_size', 'channels'}  # what the first matrix's rows are; others may happen to fit its shape
-FUNCTION = {'heads', 'dim_head', 'pool'}  # what is done with the same weights
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,7 +25,7 @@ class Changes:
 
     kept: frozenset[str]  # with the saved shape; the positions too, if they are resized
     new: frozenset[str]
-    resized: bool  # the positions are
+    resized: str | None  # the path of the positions, if they are
     function: Mapping[str, tuple[Any, Any]]  # fields that make another function of the weights: saved and new value
 
     @property
@@ -36,21 +35,24 @@ class Changes:
         if self.new:
             notes.append(f'The head is new and untrained ({", ".join(sorted(self.new))}); `key` gives other values.')
         if self.resized:
-            notes.append(f'{POSITIONS} is resized to the new image_size, bicubic; fine-tune, or check what it costs.')
+            notes.append(
+                f'{self.resized} is resized to the new image_size, bicubic; fine-tune, or check what it costs.'
+            )
         for name, (old, new) in self.function.items():
             notes.append(f'{name}={new!r} instead of {old!r} makes another function of the same weights.')
         return notes
 
 
-def changes(saved: Shapes, wanted: Shapes, overrides: Mapping[str, tuple[Any, Any]]) -> Changes:
+def changes(model_class: Any, saved: Shapes, wanted: Shapes, overrides: Mapping[str, tuple[Any, Any]]) -> Changes:
     """From the saved parameters to those of the model with `overrides`, (saved, new) values of fields.
 
-    ValueError when that takes more than another head or, of DeepViT, other positions; and for other patches.
+    ValueError when that takes more than another head or other learned positions; and for other patches.
     """
     overrides = {name: both for name, both in overrides.items() if both[0] != both[1]}
     different = {path for path in saved.keys() | wanted.keys() if saved.get(path) != wanted.get(path)}
-    head = {path for path in different if path.startswith(HEADS)}
-    problems = sorted(different - head - {POSITIONS})
+    head = {path for path in different if path.startswith(f'params/{model_class.HEAD}')}
+    positions = positions_of(model_class)
+    problems = sorted(different - head - {positions})
     if problems:
         fields = ', '.join(f'{name}={value!r}' for name, (_, value) in overrides.items())
         lines = [
@@ -66,8 +68,33 @@ def changes(saved: Shapes, wanted: Shapes, overrides: Mapping[str, tuple[Any, An
             raise ValueError(
                 f'{name}={new!r} does not fit the saved parameters: their first matrix is for {name}={old!r}.'
             )
-    function = {name: both for name, both in overrides.items() if name in FUNCTION}
-    return Changes(frozenset(wanted.keys() - head), frozenset(head & wanted.keys()), POSITIONS in different, function)
+    function = {name: both for name, both in overrides.items() if name in model_class.SAME_WEIGHTS}
+    resized = positions if positions in different else None
+    return Changes(frozenset(wanted.keys() - head), frozenset(head & wanted.keys()), resized, function)
+
+
+def positions_of(model_class: Any) -> str | None:
+    """The path of its learned positions."""
+    return f'params/{model_class.POSITIONS}' if model_class.POSITIONS else None
+
+
+def resize_positions(table: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
+    """Learned positions (1, tokens, dim) of an `old` grid of patches, (rows, columns), for a `new` one.
+
+    Bicubic, as `torch.nn.functional.interpolate(…, size=new, mode='bicubic')` computes it, without antialiasing. What
+    comes before the patches' positions, a class token's, is kept.
+    """
+    table = np.asarray(table, np.promote_types(table.dtype, np.float32))
+    others = table.shape[1] - math.prod(old)
+    patches = jnp.asarray(table[0, others:].reshape(*old, -1))
+    resized = jax.image.resize(patches, (*new, table.shape[2]), 'cubic-pytorch', antialias=False)
+    return np.concatenate([table[:, :others], np.asarray(resized).reshape(1, math.prod(new), -1)], axis=1)
+
+
+def grid_of(model: Any) -> tuple[int, int]:
+    """The rows and columns of patches in an image."""
+    (height, width), (rows, columns) = pair(model.image_size), pair(model.patch_size)
+    return height // rows, width // columns
 
 
 def initial(model: nn.Module, paths: Collection[str], key: Array, shardings: Mapping[str, Any]) -> dict[str, Array]:

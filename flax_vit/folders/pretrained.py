@@ -18,8 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from flax_vit.folders.config import GOLDEN, check_hashes, model_of, read_config
 from flax_vit.folders.hub import local_folder
-from flax_vit.folders.overrides import POSITIONS, changes, initial
-from flax_vit.folders.resize import resize_positions
+from flax_vit.folders.overrides import changes, grid_of, initial, resize_positions
 from flax_vit.parameters import check_dtypes, check_shapes, saved_shapes
 from flax_vit.sharding import RULES, Rules, check_mesh, shardings
 from flax_vit.stacking import stacked
@@ -84,7 +83,7 @@ def from_pretrained(
         saved = saved_shapes(saved_model.clone(scan_layers=model.scan_layers))
         wanted = saved_shapes(model) if overrides else saved
         old_and_new = {name: (getattr(saved_model, name), getattr(model, name)) for name in overrides}
-        plan = changes(saved, wanted, old_and_new)
+        plan = changes(type(model), saved, wanted, old_and_new)
         placed: dict[str, Any] = dict.fromkeys(wanted)
         if mesh is not None:
             structs = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in wanted.items()}
@@ -107,7 +106,8 @@ def from_pretrained(
         if model.scan_layers:
             weights, dtypes = _joined(weights, Stacked), _joined(dtypes, _common)
         if plan.resized:
-            weights[POSITIONS] = resize_positions(weights[POSITIONS][:], model.image_size // model.patch_size)
+            table = weights[plan.resized][:]
+            weights[plan.resized] = resize_positions(table, grid_of(saved_model), grid_of(model))
         flat = {
             path: _place(weights[path], wanted[path], jnp.dtype(cast or dtypes[path]), placed[path])
             for path in sorted(plan.kept)

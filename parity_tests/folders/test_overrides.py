@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flax_vit import PretrainedWarning, from_pretrained, save_pretrained
-from flax_vit.folders.resize import resize_positions
+from flax_vit.folders.overrides import resize_positions
 from parity_tests.support.small_models import MODELS, assert_equal, variables_of
 
 
@@ -73,25 +73,25 @@ def test_another_image_size(folder: pathlib.Path) -> None:
         table = variables['params'].pop('pos_embedding')
         saved = expected['params'].pop('pos_embedding')
         assert (table.shape, table.dtype) == ((1, 26, 16), jnp.float32)
-        np.testing.assert_allclose(table, resize_positions(np.asarray(saved), 5), rtol=1e-6)
+        np.testing.assert_allclose(table, resize_positions(np.asarray(saved), (2, 2), (5, 5)), rtol=1e-6)
     assert_equal(variables, expected)
 
 
 @pytest.mark.parametrize(('old', 'new'), [(4, 7), (4, 9), (7, 4), (1, 3), (3, 1), (14, 16)])
-def test_positions_are_resized_as_pytorch_does(old: int, new: int) -> None:
+def test_positions_are_resized_as_pytorch_does(old: int, new: int, float64: None) -> None:
     table = np.random.default_rng(0).normal(size=(1, old**2 + 1, 5))
     grid = torch.from_numpy(table[:, 1:]).reshape(1, old, old, 5).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(new, new), mode='bicubic', align_corners=False)
-    resized = resize_positions(table, new)
+    resized = resize_positions(table, (old, old), (new, new))
     np.testing.assert_array_equal(resized[:, 0], table[:, 0])
     # Each is a sum of 16 products in float64, the weights below 2 in sum.
     limit = 32 * np.finfo(np.float64).eps * np.abs(table).max()
     assert np.abs(resized[:, 1:] - grid.permute(0, 2, 3, 1).reshape(1, new**2, 5).numpy()).max() <= limit
 
 
-def test_an_unchanged_grid_is_unchanged() -> None:
+def test_an_unchanged_grid_is_unchanged(float64: None) -> None:
     table = np.random.default_rng(0).normal(size=(1, 10, 4))
-    assert np.array_equal(resize_positions(table, 3), table)
+    assert np.array_equal(resize_positions(table, (3, 3), (3, 3)), table)
 
 
 def test_what_else_would_change_shapes_is_refused(folder: pathlib.Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flax_vit import DeepViT, Features, features, stack_layers, to_nnx
-from flax_vit.folders.config import field_names
+from flax_vit.architectures import field_names
 from parity_tests.support.reference import (
     CONFIGURATIONS,
     FLOAT64_BOUND,
@@ -154,5 +154,5 @@ def test_what_are_no_blocks_and_no_model() -> None:
             features(model, variables, images, blocks=[block])  # type: ignore[list-item]
     fields = {name: getattr(model, name) for name in field_names(DeepViT)}
     for stranger in (Wider(**fields), to_nnx(model, variables)):
-        with pytest.raises(ValueError, match='features looks into a SimpleViT or a DeepViT itself, not a '):
-            features(stranger, variables, images)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match='features looks into a DeepViT or a SimpleViT itself, not a '):
+            features(stranger, variables, images)

@@ -1,0 +1,21 @@
+"""The list of models, by name. What is particular to one, its class says: HEAD, POSITIONS, MAPS, SAME_WEIGHTS."""
+
+from dataclasses import fields
+from typing import Any
+
+from flax import linen as nn
+
+from flax_vit.deep_vit import DeepViT
+from flax_vit.simple_vit import SimpleViT
+
+MODELS: dict[str, type[Any]] = {model.__name__: model for model in (DeepViT, SimpleViT)}
+
+
+def field_names(model_class: type[nn.Module]) -> list[str]:
+    """The names of a model's own arguments."""
+    return [field.name for field in fields(model_class) if field.name not in {'parent', 'name'}]
+
+
+def is_ours(model: object) -> bool:
+    """Whether it is one of the models themselves, and no subclass."""
+    return type(model) in MODELS.values()

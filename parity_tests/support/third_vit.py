@@ -1,0 +1,103 @@
+"""A third architecture, in PyTorch, in Flax, and its record: SimpleViT with learned positions."""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+import torch
+from flax import linen as nn
+from jax import Array
+from jaxtyping import Float, Shaped
+from vit_pytorch import simple_vit
+
+from convert.architectures.architecture import Architecture, AttentionMap, Axis, Layout
+from flax_vit.layers import Identity, Layer, Transformer, add, pair, sequential, to_patches
+from flax_vit.sharding import laid_out_by_the_compiler
+from flax_vit.simple_vit import Attention, FeedForward
+
+
+class TorchThirdViT(torch.nn.Module):
+    def __init__(
+        self, *, image_size: Any, patch_size: Any, num_classes: int, dim: int, depth: int, heads: int, mlp_dim: int,
+        channels: int = 3, dim_head: int = 64,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        whole = simple_vit.SimpleViT(
+            image_size=image_size, patch_size=patch_size, num_classes=num_classes, dim=dim, depth=depth, heads=heads,
+            mlp_dim=mlp_dim, channels=channels, dim_head=dim_head,
+        )  # fmt: skip
+        self.to_patch_embedding = whole.to_patch_embedding
+        self.pos_embedding = torch.nn.Parameter(torch.randn(1, *whole.pos_embedding.shape))
+        self.transformer = whole.transformer
+        self.to_latent = torch.nn.Identity()
+        self.classifier = torch.nn.Linear(dim, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.to_patch_embedding(images) + self.pos_embedding
+        return self.classifier(self.to_latent(self.transformer(x).mean(dim=1)))
+
+
+class ThirdViT(Layer):
+    HEAD: ClassVar[str] = 'classifier'
+    POSITIONS: ClassVar[str | None] = 'pos_embedding'
+    MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}
+    SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head')
+
+    image_size: int | tuple[int, int]
+    patch_size: int | tuple[int, int]
+    num_classes: int
+    dim: int
+    depth: int
+    heads: int
+    mlp_dim: int
+    channels: int = 3
+    dim_head: int = 64
+    query_chunk_size: int | None = None
+    remat: bool = False
+    scan_layers: bool = False
+
+    def setup(self) -> None:
+        image_size, patch_size = pair(self.image_size), pair(self.patch_size)
+        tokens = math.prod(image_size) // math.prod(patch_size)
+
+        def cut(images: Shaped[Array | np.ndarray, '...']) -> Float[Array, 'batch tokens values']:
+            return to_patches(
+                self, images, channels=self.channels, patch_size=patch_size, sizes=f'of {image_size}',
+                fits=lambda *size: size == image_size,
+            )  # fmt: skip
+
+        projection = self.linear(self.channels * math.prod(patch_size), self.dim)
+        self.to_patch_embedding = [cut, self.layer_norm(), projection, self.layer_norm()]
+        shape = 1, tokens, self.dim
+        self.pos_embedding = self.param('pos_embedding', nn.initializers.normal(1.0), shape, self.param_dtype)
+        attention = partial(
+            Attention, dim=self.dim, heads=self.heads, dim_head=self.dim_head,
+            query_chunk_size=self.query_chunk_size, **self.numerics,
+        )  # fmt: skip
+        self.transformer = Transformer(
+            attention=attention,
+            feed_forward=partial(FeedForward, dim=self.dim, hidden_dim=self.mlp_dim, **self.numerics),
+            depth=self.depth, final_norm=True, remat=self.remat, scan_layers=self.scan_layers, **self.numerics,
+        )  # fmt: skip
+        self.to_latent = Identity()
+        if self.num_classes:
+            self.classifier = self.linear(self.dim, self.num_classes)
+
+    @laid_out_by_the_compiler
+    def __call__(
+        self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
+    ) -> Float[jax.Array, 'batch outputs']:
+        x = add(sequential(self.to_patch_embedding, images, train=train), self.pos_embedding)
+        x = self.to_latent(self.transformer(x, train=train).mean(axis=1))
+        return self.classifier(x) if self.num_classes else x
+
+
+class ThirdViTArchitecture(Architecture):
+    model = ThirdViT
+    torch_classes = ('parity_tests.support.third_vit.TorchThirdViT',)
+    layouts = (Layout('T0', ThirdViT, '(not yet)'),)
+    axes = (*Architecture.axes, Axis('patches'))
+    attention_maps = (AttentionMap('attend', 'attend'),)
