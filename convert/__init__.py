@@ -12,14 +12,14 @@ else:
     __getattr__, __dir__ = lazily(
         __name__,
         {
-            'ConversionError': 'errors',
-            'ConversionWarning': 'errors',
-            'Inspection': 'conversion',
-            'Report': 'proof.parity',
-            'from_torch': 'conversion',
-            'inspect': 'conversion',
-            'to_torch': 'conversion',
-            'verify': 'proof.parity',
+            'ConversionError': 'convert.errors',
+            'ConversionWarning': 'convert.errors',
+            'Inspection': 'convert.conversion',
+            'Report': 'convert.proof.parity',
+            'from_torch': 'convert.conversion',
+            'inspect': 'convert.conversion',
+            'to_torch': 'convert.conversion',
+            'verify': 'convert.proof.parity',
         },
     )
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from flax_vit.lazy import lazily
 
 if TYPE_CHECKING:
+    from convert import from_torch, inspect, to_torch, verify
     from flax_vit.deep_vit import DeepViT
     from flax_vit.folders.hub import push_to_hub
     from flax_vit.folders.pretrained import PretrainedWarning, from_pretrained
@@ -19,20 +20,24 @@ else:
     __getattr__, __dir__ = lazily(
         __name__,
         {
-            'DeepViT': 'deep_vit',
-            'Features': 'looking',
-            'PretrainedWarning': 'folders.pretrained',
-            'SimpleViT': 'simple_vit',
-            'export_serving': 'serving',
-            'features': 'looking',
-            'from_nnx': 'nnx_bridge',
-            'from_pretrained': 'folders.pretrained',
-            'push_to_hub': 'folders.hub',
-            'save_pretrained': 'folders.saving',
-            'shardings': 'sharding',
-            'stack_layers': 'stacking',
-            'to_nnx': 'nnx_bridge',
-            'unstack_layers': 'stacking',
+            'DeepViT': 'flax_vit.deep_vit',
+            'Features': 'flax_vit.looking',
+            'PretrainedWarning': 'flax_vit.folders.pretrained',
+            'SimpleViT': 'flax_vit.simple_vit',
+            'export_serving': 'flax_vit.serving',
+            'features': 'flax_vit.looking',
+            'from_nnx': 'flax_vit.nnx_bridge',
+            'from_pretrained': 'flax_vit.folders.pretrained',
+            'from_torch': 'convert.conversion',
+            'inspect': 'convert.conversion',
+            'push_to_hub': 'flax_vit.folders.hub',
+            'save_pretrained': 'flax_vit.folders.saving',
+            'shardings': 'flax_vit.sharding',
+            'stack_layers': 'flax_vit.stacking',
+            'to_nnx': 'flax_vit.nnx_bridge',
+            'to_torch': 'convert.conversion',
+            'unstack_layers': 'flax_vit.stacking',
+            'verify': 'convert.proof.parity',
         },
     )
 
@@ -46,11 +51,15 @@ __all__ = [
     'features',
     'from_nnx',
     'from_pretrained',
+    'from_torch',
+    'inspect',
     'push_to_hub',
     'save_pretrained',
     'shardings',
     'stack_layers',
     'to_nnx',
+    'to_torch',
     'unstack_layers',
+    'verify',
 ]
 __version__ = '0.1.0'

@@ -4,18 +4,19 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` (PEP 562) of a package; `homes` has the module of each name it exports.
+    """`__getattr__` and `__dir__` (PEP 562) of a package; `homes` has the full module name of each name it exports.
 
     Its modules are found as attributes, too, whether or not they were imported.
     """
 
     def getattr_(name: str) -> Any:
         if name in homes:
-            value = getattr(import_module(f'{package}.{homes[name]}'), name)
+            value = getattr(_imported(homes[name]), name)
         elif find_spec(f'{package}.{name}'):
             value = import_module(f'{package}.{name}')
         else:
@@ -27,3 +28,20 @@ def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any]
         return sorted({*vars(sys.modules[package]), *homes})
 
     return getattr_, dir_
+
+
+def _imported(module: str) -> ModuleType:
+    """The module. ImportError that names the file, where another one of the package's name is found first."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        package = module.partition('.')[0]
+        file = getattr(sys.modules.get(package), '__file__', None)
+        if file and error.name == module and not hasattr(sys.modules[package], '__path__'):
+            raise ImportError(
+                f"{file} is found before flax_vit's own package of that name, {package}: rename it, or take its folder "
+                'off the path (sys.path).',
+                name=package,
+                path=file,
+            ) from error
+        raise

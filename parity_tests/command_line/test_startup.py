@@ -45,6 +45,7 @@ def test_packages_import_what_is_asked_for(tmp_path: pathlib.Path) -> None:
     assert imported('import convert, flax_vit; flax_vit.__version__; dir(convert)', tmp_path) == set()
     assert imported('from flax_vit import DeepViT', tmp_path) == {'flax', 'jax'}
     assert imported('from convert import from_torch, verify', tmp_path) == {'flax', 'jax'}
+    assert imported('from flax_vit import from_torch, inspect, to_torch, verify', tmp_path) == {'flax', 'jax'}
     assert imported(command(*CONVERT), tmp_path) == {'flax', 'jax'}
 
 
@@ -53,6 +54,24 @@ def test_every_name_is_there(package: Any) -> None:
     assert all(name in dir(package) and hasattr(package, name) for name in package.__all__)
     with pytest.raises(AttributeError, match='has no attribute'):
         package.misspelt  # noqa: B018
+
+
+def test_one_door() -> None:
+    assert flax_vit.from_torch is convert.from_torch
+    assert flax_vit.verify is convert.verify
+
+
+def test_a_strangers_module_of_the_converters_name(tmp_path: pathlib.Path) -> None:
+    (tmp_path / 'convert.py').touch()
+    command = [sys.executable, '-c', 'import flax_vit; flax_vit.from_torch']
+    ended = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert f"ImportError: {tmp_path / 'convert.py'} is found before flax_vit's own package" in ended.stderr
+
+
+@pytest.mark.parametrize('package', ['flax_vit', 'convert'])
+def test_run_as_a_module(package: str) -> None:
+    command = [sys.executable, '-m', package, '--version']
+    assert flax_vit.__version__ in subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def test_compiled_programs_are_kept(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
