@@ -26,6 +26,7 @@ from convert.recognition.layouts import leaves
 from convert.recognition.names import Leaf
 from convert.recognition.unwrap import Unwrapped, unwrap
 from flax_vit import layers
+from flax_vit.folders.config import sha256
 
 # How the arrays of a model's folder, or of what serve-export wrote, are named.
 OWN = re.compile(r'params/(transformer|to_patch_embedding_\d)/')
@@ -227,7 +228,7 @@ def arrays(tree: Any) -> Any:
 def provenance(inspection: Inspection) -> dict[str, Any]:
     """Where a converted model comes from, in plain JSON, to be kept beside its parameters."""
     return {
-        'files': {file.name: checkpoint.sha256(file) for file in inspection.files},
+        'files': {file.name: sha256(file) for file in inspection.files},
         'format': inspection.format,
         'key': inspection.unwrapped.address,
         'layout': {'id': inspection.layout.id, 'wrote it': str(inspection.layout)},

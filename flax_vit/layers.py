@@ -253,10 +253,7 @@ class Transformer(Layer):
 
         def block(layers: Sequence[Any], x: Array) -> Array:
             for layer in layers:
-                # `1 *` is nothing but an operation of its own: the backward pass sums what the layer's uses of x give
-                # before it adds the sum to x's gradient. Added one after another, XLA for CPUs would compute all of
-                # them anew in every layer, which takes time and code by the square of the depth.
-                x = run(layer, 1 * x) + x
+                x = run(layer, summed_apart(x)) + x
             return x
 
         if self.scan_layers:
@@ -274,6 +271,15 @@ class Transformer(Layer):
             for layers in self.layers:
                 x = block(layers, x)
         return self.norm(x)
+
+
+def summed_apart(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
+    """`x`, by an operation of its own, so that the backward pass sums what a layer's uses of it give by themselves.
+
+    Added to the gradient one after another, XLA for CPUs would compute all of them anew in every layer, which takes
+    time and code by the square of the depth.
+    """
+    return 1 * x
 
 
 class Block(nn.Module):

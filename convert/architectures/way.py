@@ -192,13 +192,15 @@ class Way:
         return normalised * self.tensors[f'{name}.weight'] + self.tensors[f'{name}.bias']
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mistake:
     """What somebody did otherwise: arguments of a Way and tensors read wrongly."""
 
     words: str  # after 'matches'
     fields: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
+    flax_default: bool = False  # an epsilon that whoever forgot it once forgot wherever there is one
+    repeats: bool = False  # a rounding that numpy makes as XLA does
 
     def applied(self, way: Way) -> Way:
         return replace(way, **self.fields, tensors={**way.tensors, **self.tensors})

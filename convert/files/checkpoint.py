@@ -4,7 +4,6 @@ What a file is, its content tells, not its name. Arrays are read-only views of t
 memory for them, and the file must not be changed while they are in use.
 """
 
-import hashlib
 import os
 import pickle
 import re
@@ -24,7 +23,7 @@ from convert.files.arrays import JSON_BYTES, read_json, read_npz, read_safetenso
 from convert.files.torch_archive import DTYPES, Foreign, check_expanded, check_size, read_torch_zip
 from convert.files.zip_directory import quote, zip_records
 
-__all__ = ['Checkpoint', 'Foreign', 'array', 'read', 'sha256']
+__all__ = ['Checkpoint', 'Foreign', 'array', 'read']
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,6 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Raises: ConversionError, saying what the file looks like and what to do; OSError (FileNotFoundError, ...).
     """
     return _read(Path(path))
-
-
-def sha256(path: str | os.PathLike[str]) -> str:
-    """The hex digest of one file, read in pieces."""
-    with Path(path).open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def array(tensor: Any) -> np.ndarray:

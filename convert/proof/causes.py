@@ -75,8 +75,7 @@ def causes(
             ]
 
         # Whoever took flax's default once did so wherever there is one.
-        defaults = (each for each in known() if "flax's default" in each.words and 'epsilons' in each.fields)
-        default = next(defaults, None)
+        default = next((each for each in known() if each.flax_default), None)
         pairs = (default.and_also(each) for each in known() if each.words != default.words) if default else ()
         fit = fitting(known()) or fitting(pairs) or _rounding(way, part, inputs, output, dtype)
         count = sum(1 for _ in known())
@@ -128,15 +127,13 @@ def _rounding(way: Way, part: str, inputs: Sequence[np.ndarray], output: np.ndar
     if output.shape != right.shape:
         return []
     whole = size(output - right)
-    wrong = {mistake.words: mistake.applied(way).compute(part, inputs) for mistake in rounding_mistakes(dtype)}
-    left = {words: size(output - each) for words, each in wrong.items()}
+    wrong = {mistake: mistake.applied(way).compute(part, inputs) for mistake in rounding_mistakes(dtype)}
+    left = {mistake.words: size(output - each) for mistake, each in wrong.items()}
     best = min(left.values(), default=np.inf)
     if best <= EXPLAINS * whole:
         return [f'matches with {words}' for words, rest in left.items() if rest <= 1.1 * best]
-    # The others would have repeated: with them, the same size is chance.
-    sizes = {
-        words: size(each - right) for words, each in wrong.items() if 'TF32' not in words and 'bfloat' not in words
-    }
+    # Those that repeat would have fitted: with them, the same size is chance.
+    sizes = {mistake.words: size(each - right) for mistake, each in wrong.items() if not mistake.repeats}
     same = [words for words, expected in sizes.items() if whole / SAME_SIZE <= expected <= SAME_SIZE * whole]
     return [f'the error has the size that comes of {" or ".join(same)}'] if same else []
 

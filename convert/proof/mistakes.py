@@ -53,7 +53,7 @@ def _mistakes_of_norms(tensors: Mapping[str, np.ndarray], part: str, way: Way) -
     for where, group in groups.items() if norms else ():
         for epsilon, whose in {1e-6: " (flax's default)", 1e-12: '', 1e-3: ''}.items():
             words = f'with a LayerNorm epsilon of {epsilon:g}{whose} instead of 1e-05{where}'
-            yield Mistake(words, {'epsilons': dict.fromkeys(group, epsilon)})
+            yield Mistake(words, {'epsilons': dict.fromkeys(group, epsilon)}, flax_default=bool(whose))
     for norm in norms if part != 'to_latent' else ():
         yield Mistake(f'without the LayerNorm {short(norm, part)}', {'left_out': frozenset({norm})})
     if norms:
@@ -147,14 +147,15 @@ def rounding_mistakes(dtype: str) -> Iterator[Mistake]:
     """What computes with fewer bits than `dtype` has, or loses them. The words go after 'with'."""
     order = ['float64', 'float32', 'TF32', 'bfloat16']
     for coarser in order[order.index(dtype) + 1 :] if dtype in order else ():
+        repeats = coarser != 'float32'
         if coarser == 'float32':
             yield Mistake('matrix products in float32', {'products': coarser})
         else:
             name = 'TF32 or float16' if coarser == 'TF32' else coarser  # both keep 10 bits
-            yield Mistake(f'matrix products in {name} ({HIGHEST})', {'products': coarser})
+            yield Mistake(f'matrix products in {name} ({HIGHEST})', {'products': coarser}, repeats=repeats)
         if coarser != 'TF32':
-            yield Mistake(f'the softmax in {coarser}', {'softmax': coarser})
-            yield Mistake(f'the statistics of LayerNorm in {coarser}', {'statistics': coarser})
+            yield Mistake(f'the softmax in {coarser}', {'softmax': coarser}, repeats=repeats)
+            yield Mistake(f'the statistics of LayerNorm in {coarser}', {'statistics': coarser}, repeats=repeats)
     if dtype in {'float64', 'float32'}:
         words = "the fast variance of LayerNorm (flax's default; use_fast_variance=False)"
         yield Mistake(words, {'variance': 'fast', 'statistics': dtype})

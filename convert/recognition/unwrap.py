@@ -25,7 +25,7 @@ INSERTED = re.compile(r'(?<=\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapp
 MOST_PLACES = 64  # in one file that are held against the layouts, the likeliest first
 
 
-class Leaf(NamedTuple):
+class Item(NamedTuple):
     """Something in the tree that is no container, and the keys that lead to it."""
 
     container: tuple[str, ...]
@@ -96,8 +96,8 @@ def unwrap(tree: Any, *, key: str | None = None, head: bool = True) -> Unwrapped
     return Unwrapped(model.place.key, tensors, model.fit, left_aside(leaves, model))
 
 
-def walk(tree: Any) -> Iterator[Leaf]:
-    """Every leaf of the tree, by every way that leads to it; containers that hold themselves are entered once."""
+def walk(tree: Any) -> Iterator[Item]:
+    """Every item of the tree, by every way that leads to it; containers that hold themselves are entered once."""
     stack: list[tuple[tuple[str, ...], Any, tuple[int, ...]]] = [((), tree, ())]
     while stack:
         path, node, parents = stack.pop()
@@ -107,13 +107,13 @@ def walk(tree: Any) -> Iterator[Leaf]:
         elif isinstance(node, list | tuple | set | frozenset):
             children = enumerate(node)
         else:
-            yield Leaf(path[:-1], INSERTED.sub('', path[-1]) if path else '', node)
+            yield Item(path[:-1], INSERTED.sub('', path[-1]) if path else '', node)
             continue
         if id(node) not in parents:
             stack += reversed([((*path, str(name)), child, (*parents, id(node))) for name, child in children])
 
 
-def candidates(leaves: Iterable[Leaf], key: str | None, *, head: bool) -> list[Candidate]:
+def candidates(leaves: Iterable[Item], key: str | None, *, head: bool) -> list[Candidate]:
     """What is found where tensors have names that some layout knows, after a beginning of any length.
 
     A complete model among the names of another (an average that a model keeps of itself) is none of the other's.
@@ -174,7 +174,7 @@ def equal(one: Candidate, other: Candidate) -> bool:
     )
 
 
-def left_aside(leaves: Iterable[Leaf], model: Candidate) -> dict[str, str]:
+def left_aside(leaves: Iterable[Item], model: Candidate) -> dict[str, str]:
     """What is not part of the model, grouped where its address parts from the model's."""
     groups: dict[str, list[Any]] = defaultdict(list)
     address = model.place.address
@@ -203,7 +203,7 @@ def describe(values: list[Any]) -> str:
     return ' and '.join(f'{count} {what}{"s" if count > 1 else ""}' for count, what in counts if count)
 
 
-def refusal(leaves: list[Leaf], found: list[Candidate]) -> str:
+def refusal(leaves: list[Item], found: list[Candidate]) -> str:
     """Why nothing here can be converted, and what to do."""
     shapes = {
         '.'.join((*leaf.container, leaf.name)): leaf.value.shape
@@ -232,7 +232,7 @@ def _list(found: list[Candidate]) -> str:
     return 'Models here:\n' + '\n'.join(f'  {candidate}' for candidate in found) if found else ''
 
 
-def _contents(leaves: list[Leaf]) -> str:
+def _contents(leaves: list[Item]) -> str:
     names = ['.'.join((*leaf.container, leaf.name)) for leaf in leaves if isinstance(leaf.value, np.ndarray)]
     more = f' and {len(names) - 5} more' if len(names) > 5 else ''
     shown = ', '.join(repr(name)[:100] for name in names[:5])

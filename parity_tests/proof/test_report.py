@@ -21,6 +21,7 @@ import convert
 import convert.proof.plots
 from convert.command_line.cli import main
 from convert.proof.report import figures_of, write_json, write_page
+from flax_vit.folders.config import sha256
 
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome')
 # What a stranger may call a file, and what is in it.
@@ -72,7 +73,7 @@ def test_the_page_says_what_was_measured(reports: dict[str, convert.Report], nam
         assert ('wrong' in shown) != row.right
     text = text_of(page)
     for file in report.inspection.files:
-        assert convert.files.checkpoint.sha256(file) in text
+        assert sha256(file) in text
     for words in (
         '2 × 8 × 8 × 3 (batch, height, width, channels), from standard normal, seed 0',
         report.dtype,
