@@ -88,11 +88,21 @@ class Inspection:
 
 
 def inspect(source: Any, *, key: str | None = None, **overrides: Any) -> Inspection:
-    """What `source` is: layout, fields, what is left aside. Nothing is converted; unknown fields are allowed.
+    """What `source` is: its layout, its fields, what is left aside. Nothing is converted; unknown fields are allowed.
 
-    `source`: a path, a state dict (of torch tensors or arrays, or whatever a trainer wrapped it in), or a live
-    torch.nn.Module. `key` chooses among several models; `overrides` are fields of the Flax model.
-    Raises ConversionError, and FileNotFoundError.
+    Args:
+        source: A path, a state dict (of torch tensors or arrays, or whatever a trainer wrapped it in), or a live
+            torch.nn.Module.
+        key: Which of several models in the source, by its address: 'ema.model'.
+        **overrides: Fields of the Flax model. What the weights tell otherwise, they can't be.
+
+    Returns:
+        The layout, every field with how it is known, and the tensors by their names in the layout.
+
+    Raises:
+        ConversionError: When there is no model here that a layout fits, or several, or a field contradicts the
+            weights.
+        FileNotFoundError: When the path is not there.
     """
     known: Mapping[str, Any] = {}
     files: tuple[Path, ...] = ()
@@ -132,11 +142,24 @@ def from_torch(
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     **overrides: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The Flax model that computes what `source` computes, and its variables, dtypes kept.
+    """The Flax model that computes what `source` computes, and its variables, bits and dtypes kept.
 
-    Arguments and errors as of `inspect`; what the weights don't tell is a ConversionError that names the argument.
-    `param_dtype` casts. Assumed fields, tensors left aside and rounded dtypes are reported by a ConversionWarning.
-    `track` wraps the loop over the parameters, to show progress.
+    What was assumed, tensors that were left aside and rounded dtypes are reported by a ConversionWarning.
+
+    Args:
+        source: A path, a state dict or a live torch.nn.Module, as of `inspect`.
+        key: Which of several models in the source, by its address.
+        track: Wraps the loop over the parameters, to show progress.
+        **overrides: Fields of the Flax model that the weights don't tell (image_size, heads, ...); `param_dtype`
+            casts.
+
+    Returns:
+        The model, and its variables {'params': ...} in the shapes of linen: a matrix is (in, out), PyTorch's
+            transposed.
+
+    Raises:
+        ConversionError: As of `inspect`; and when a field is known from nowhere, naming the argument that tells it.
+        FileNotFoundError: When the path is not there.
     """
     inspection = inspect(source, key=key, **overrides)
     model = inspection.model
@@ -175,10 +198,18 @@ def notes(inspection: Inspection) -> list[str]:
 
 
 def to_torch(model: nn.Module, variables: Mapping[str, Any], *, layout: str | None = None) -> dict[str, np.ndarray]:
-    """Arrays by the names of vit-pytorch's newest release that computes what `model` does, bits kept.
+    """The parameters by the names of vit-pytorch's newest release that computes what `model` does, bits kept.
 
-    `layout` asks for an older release's names, by the layout's id ('D1').
-    Raises ConversionError when no release computes this, and when the variables are not the model's.
+    Args:
+        model: One of the models.
+        variables: Its variables, {'params': ...}.
+        layout: Asks for an older release's names, by the layout's id ('D1').
+
+    Returns:
+        Arrays in PyTorch's shapes, for `load_state_dict` after torch.from_numpy of each.
+
+    Raises:
+        ConversionError: When no release computes this, and when the variables are not the model's.
     """
     able = architecture_of(model).layouts_of(model)
     chosen = [candidate for candidate in able if layout in (None, candidate.id)]

@@ -41,12 +41,24 @@ def features(
     tokens: bool = True,
     attention: bool = False,
 ) -> Features:
-    """Logits and pooled features of images and, with `tokens` and `attention`, those of the `blocks`.
+    """Logits and pooled features of images and, when asked for, tokens and attention maps of blocks.
 
-    Images are as the model takes them. Blocks count from 0, or from the end when negative; None: all. The numbers are
-    those the model itself computes with, at rest. Without `scan_layers` nothing else is kept; with it, what is asked
-    for of one block is held of all until the scan is over. Maps that are asked for are held whole, whatever
-    `query_chunk_size` says. Raises ValueError for a block that is not there, another model, and images that don't fit.
+    The numbers are those the model itself computes with, at rest. Without `scan_layers` nothing else is kept; with it,
+    what is asked for of one block is held of all until the scan is over.
+
+    Args:
+        model: One of the models.
+        variables: Its variables, {'params': ...}.
+        images: As the model takes them, (batch, height, width, channels) or (batch, channels, height, width).
+        blocks: Their numbers, counted from 0, or from the end when negative; None: all.
+        tokens: Whether to give those after each of the blocks, and those before the first.
+        attention: Whether to give the maps. They are held whole, whatever `query_chunk_size` says.
+
+    Returns:
+        A pytree, in the model's dtype.
+
+    Raises:
+        ValueError: For a block that is not there, another model, and images that don't fit.
     """
     if not is_ours(model):
         raise ValueError(f'features looks into a {" or a ".join(MODELS)} itself, not a {type(model).__name__}.')

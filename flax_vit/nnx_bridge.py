@@ -34,12 +34,21 @@ class NNXModel(nnx.bridge.ToNNX):
 
 
 def to_nnx(model: nn.Module, variables: Mapping[str, Any], rngs: nnx.Rngs | None = None) -> NNXModel:
-    """The model as an nnx module that holds the variables, as `nnx.Param`s in linen's tree.
+    """The model as an nnx module that holds the variables, as `nnx.Param`s in linen's tree; the arrays are shared.
 
     Call it with images, as the model: `module(images)`. After `module.train()`, until `module.eval()`, dropout acts,
-    as it does in one call with `train=True`. Its keys come from `rngs`, nnx.Rngs(dropout=seed), or from those of the
-    call, `rngs=`. The arrays are shared, not copied.
-    Raises ValueError when the variables are not the model's.
+    as it does in one call with `train=True`.
+
+    Args:
+        model: One of the models.
+        variables: Its variables, {'params': ...}.
+        rngs: Where dropout takes its keys from, nnx.Rngs(dropout=seed), unless the call gives others, `rngs=`.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: When the variables are not the model's.
     """
     check_variables(model, variables)
     module = NNXModel(model, rngs)
@@ -49,9 +58,16 @@ def to_nnx(model: nn.Module, variables: Mapping[str, Any], rngs: nnx.Rngs | None
 
 
 def from_nnx(module: nnx.bridge.ToNNX) -> dict[str, Any]:
-    """The variables of such a module, {'params': …}: what `model.apply`, `save_pretrained` and `to_torch` take.
+    """The variables of such a module: what `model.apply`, `save_pretrained` and `to_torch` take.
 
-    Raises ValueError for another module.
+    Args:
+        module: What `to_nnx` made, trained or not.
+
+    Returns:
+        {'params': ...}, of plain arrays.
+
+    Raises:
+        ValueError: For another module.
     """
     inner: Any = module.to_nnx__module if isinstance(module, nnx.bridge.ToNNX) else module
     if inner is module or not isinstance(inner, tuple(MODELS.values())):

@@ -29,15 +29,26 @@ def export_serving(
     image_size: int | tuple[int, int] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write the file `target`, an .npz: `jax.export`'s program for inference, and the weights that it is called with.
+    """Write `jax.export`'s program for inference, and the weights that it is called with, to one .npz.
 
-    The program takes weights (arrays by name) and float32 images (batch, height, width, channels) for any batch, and
-    runs on each of `platforms`. `image_size`: where it is not the model's (a DeepViT takes smaller ones, too).
-    The weights keep their bits; numpy has no bfloat16, so that these are in the file as uint16, to be viewed as what
+    The program takes weights (arrays by name) and float32 images (batch, height, width, channels) for any batch. The
+    weights keep their bits; numpy has no bfloat16, so that these are in the file as uint16, to be viewed as what
     `program.in_avals` says. The file appears whole or not at all.
-    Raises FileExistsError, FileNotFoundError for a folder that is not there, and ValueError for a target that is a
-    folder, for variables of another model, for weights or a computation in float64, for platforms that JAX has not, for
-    an image size that the model doesn't take, and when flatbuffers, which jax.export writes with, is missing.
+
+    Args:
+        target: The file.
+        model: One of the models.
+        variables: Its variables, {'params': ...}.
+        platforms: On which of these the program is to run.
+        image_size: Pixels, or (height, width), where it is not the model's: a DeepViT takes smaller ones, too.
+        overwrite: Whether a file that is there may be replaced.
+
+    Raises:
+        FileExistsError: When the target is there and may not be replaced.
+        FileNotFoundError: When its folder is not there.
+        ValueError: For a target that is a folder, variables of another model, weights or a computation in float64,
+            platforms that JAX does not know, an image size that the model doesn't take, and when flatbuffers, which
+            jax.export writes with, is missing.
     """
     target = Path(target)
     if target.is_dir():

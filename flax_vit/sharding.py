@@ -40,11 +40,21 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 
 
 def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any:
-    """A tree of shardings for a tree of arrays, or of their shapes: variables, a whole training state, an nnx state.
+    """A tree of shardings for a tree of arrays, or of their shapes.
 
-    `rules` are pairs of a regular expression and the split of the trailing axes. An axis that the mesh does not divide
-    stays whole; so does an array with fewer axes than its rule. Raises ValueError when a rule names an axis that the
-    mesh does not have.
+    An axis that the mesh does not divide stays whole; so does an array with fewer axes than its rule.
+
+    Args:
+        tree: Variables, a whole training state, an nnx state: whatever has the parameters' names in its paths.
+        mesh: The devices, with axes named as in the rules.
+        rules: Pairs of a regular expression for a path and the split of the trailing axes; the first that is found
+            counts.
+
+    Returns:
+        The same tree, with a NamedSharding for each array.
+
+    Raises:
+        ValueError: When a rule is none, or names an axis that the mesh does not have.
     """
     check_mesh(mesh, rules)
 

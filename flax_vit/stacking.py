@@ -16,9 +16,17 @@ def stack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of a model for the same model with `scan_layers=True`; the same bits.
 
     `transformer/layers_3_0/…` of every block becomes one `transformer/blocks/layers_0/…`, whose first axis is the
-    depth. Any tree with the parameters' names will do (gradients, moments of an optimizer), also one of
-    jax.ShapeDtypeStructs, whose shardings are left out: ask `shardings` for new ones. Raises ValueError when blocks are
-    missing or differ.
+    depth.
+
+    Args:
+        variables: Any tree with the parameters' names (gradients, moments of an optimizer), also one of
+            jax.ShapeDtypeStructs, whose shardings are left out: ask `shardings` for new ones.
+
+    Returns:
+        The tree with stacked arrays.
+
+    Raises:
+        ValueError: When blocks are missing or differ.
     """
 
     def stack(path: Path, arrays: Sequence[Any]) -> Any:
@@ -33,7 +41,14 @@ def stack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unstack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of a model with `scan_layers=True` for the same model without; undoes `stack_layers`."""
+    """The variables of a model with `scan_layers=True` for the same model without; undoes `stack_layers`.
+
+    Args:
+        variables: Any tree with the parameters' names, as of `stack_layers`.
+
+    Returns:
+        The tree with arrays for each block; what is not stacked, as it is.
+    """
     flat: dict[Path, Any] = {}
     for path, array in flatten_dict(variables).items():
         if 'blocks' in path:

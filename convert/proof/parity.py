@@ -112,21 +112,24 @@ def verify(
 ) -> Report:
     """Run vit-pytorch's module and the Flax model on the same images, in float64 and in `dtype`; compare every block.
 
+    The Flax model runs at the highest precision of matrix products.
+
     Args:
-        source: As of `inspect`.
-        converted: The model and variables to verify; without them, `source` is converted. Where neither the weights nor
-            `overrides` tell a field, both sides have the converted model's. Where its parameters have another dtype
-            than the source's, PyTorch's are rounded to it as well.
+        source: A path, a state dict or a live torch.nn.Module, as of `inspect`.
+        converted: The model and variables to verify; without them, `source` is converted. Where neither the weights
+            nor `overrides` tell a field, both sides have the converted model's. Where its parameters have another
+            dtype than the source's, PyTorch's are rounded to it as well.
         images: Floating-point numbers (batch, height, width, channels) or (batch, channels, height, width).
         count: Without `images`, so many random ones are drawn,
         seed: from this seed.
         dtype: What is compared beside float64, the name or the type: 'float32', 'bfloat16' or 'float16'.
         gradients: Whether those of every parameter are compared, too.
         attention: Whether to keep the attention maps of the image whose logits differ most.
-        key: As of `inspect`,
-        **overrides: and likewise.
+        key: Which of several models in the source, by its address.
+        **overrides: Fields of the Flax model that the weights don't tell.
 
-    The Flax model runs at the highest precision of matrix products.
+    Returns:
+        What was compared: a row for each part, the verdict, and why the first wrong part is wrong.
 
     Raises:
         ConversionError: When torch or vit-pytorch is missing, or `converted` does not fit the source.

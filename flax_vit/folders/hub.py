@@ -57,13 +57,25 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Publish a folder that `save_pretrained` wrote as `repo_id` ('owner/name'), in one commit; the commit's address.
+    """Publish a folder that `save_pretrained` wrote on the Hugging Face Hub, in one commit.
 
-    The repository is made if need be, `private` or not; weights of an earlier model in it are removed by the same
-    commit. Its page is the folder's README.md; without one, a card is made of the configuration. A page that was
-    edited on the hub is kept, unless the folder's own was edited, too. Needs a login (`hf auth login`, or HF_TOKEN).
-    Raises ValueError when the folder is not whole, and when the repository holds another kind of model; and the hub
-    library's errors.
+    Weights of an earlier model there are removed by the same commit. The page is the folder's README.md; without one,
+    a card is made of the configuration. A page that was edited on the hub is kept, unless the folder's own was edited,
+    too. Needs a login (`hf auth login`, or HF_TOKEN).
+
+    Args:
+        folder: The folder.
+        repo_id: 'owner/name'. The repository is made if need be,
+        private: and is then private or not; None: as the account's setting says.
+        revision: The branch; None: the main one.
+        commit_message: What the commit says.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ValueError: When the folder is not whole, and when the repository holds another kind of model.
+        huggingface_hub.errors.HfHubHTTPError: And the library's others, as it raises them.
     """
     folder = Path(folder)
     config = read_config(folder)

@@ -43,22 +43,29 @@ def from_pretrained(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model and the variables that `save_pretrained` wrote; neither torch nor the original checkpoint is needed.
 
-    `folder` may also be the name of such a model on the Hugging Face Hub, 'owner/name': `revision` is its branch, tag
-    or commit, `cache_dir` where to keep it.
+    Another process may save to the folder meanwhile.
 
-    `overrides` are fields of the model. `param_dtype` casts the parameters. Another `num_classes` gives a new head, as
-    `model.init` with `key` (a JAX random key) would, and 0 none; another `image_size` resizes DeepViT's positions;
-    another `pool`, and other `heads` of a SimpleViT, make another function of the same weights; all with a
-    PretrainedWarning. What else would change the parameters' shapes is refused, and so are other patches.
+    Args:
+        folder: A path, or the name of such a model on the Hugging Face Hub, 'owner/name'.
+        mesh: Split each parameter over its devices. What goes to a device is read from the file for it alone: no
+            device, and no host of several, ever has the whole model.
+        sharding_rules: How parameters are split, see `flax_vit.sharding`.
+        check: False leaves out the comparison of the files with the saved sha256, for which they are read whole. It is
+            also left out, unless asked for, when the mesh spans several hosts.
+        key: JAX's random key for the parameters of a new head.
+        revision: Of a model on the hub: the branch, tag or commit.
+        cache_dir: Where to keep a model of the hub.
+        **overrides: Fields of the model. `param_dtype` casts the parameters. Another `num_classes` gives a new head,
+            as `model.init` with `key` would, and 0 none; another `image_size` resizes learned positions; other `heads`
+            of a SimpleViT, another `pool`, make another function of the same weights; all with a PretrainedWarning.
+            What else would change the parameters' shapes is refused, and so are other patches.
 
-    With a `mesh`, each parameter is split over its devices as `sharding_rules` say (see `flax_vit.sharding`). What goes
-    to a device is read from the file for it alone: no device, and of several hosts none, ever has the whole model.
+    Returns:
+        The model and its variables, {'params': ...}.
 
-    `check=False` leaves out the comparison of the files with the saved sha256, for which they are read whole; it is
-    also left out, unless asked for, when the mesh spans several hosts.
-
-    Another process may save to the folder meanwhile. Raises FileNotFoundError, and ValueError when the folder is not
-    whole or the arguments do not fit it.
+    Raises:
+        FileNotFoundError: When there is no such folder, here or on the hub.
+        ValueError: When the folder is not whole, or the arguments do not fit it.
     """
     if mesh is not None:
         check_mesh(mesh, sharding_rules)

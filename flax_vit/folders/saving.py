@@ -46,19 +46,23 @@ def save_pretrained(
 ) -> None:
     """Write `model` and `variables` to `folder`, for `from_pretrained`.
 
-    Kept with them: `source` (JSON), which says where they come from and is also written out in `README.md`, a model
-    card, unless somebody has edited the one that is there; and `golden`, arrays to check the model by. A file of the
-    weights has at most `max_shard_size` bytes, unless a single array has more.
-
     The configuration names the files of the weights and is replaced last, at once: whenever this is interrupted, the
-    folder holds the old model or the new one. Saves of one machine into one folder wait for each other, so that none
-    takes another's files for left ones (not on Windows, nor on network file systems without locks); of several
-    machines, let one save.
+    folder holds the old model or the new one. On one machine, one save into a folder waits for another (not on
+    Windows, nor on network file systems without locks); of several machines, let one save.
+
+    Args:
+        folder: The folder; it is made if need be.
+        model: One of the models.
+        variables: Its variables, {'params': ...}.
+        source: Where they come from, in JSON. It is also written out in `README.md`, a model card, unless somebody has
+            edited the one that is there.
+        golden: Arrays by name, to check the model by.
+        max_shard_size: Bytes of a file of the weights at most, unless a single array has more.
 
     Raises:
-        ValueError: before anything is written, when the variables are not the model's or not all on this host, when
+        ValueError: Before anything is written, when the variables are not the model's or not all on this host, when
             something cannot be kept, and when the folder holds anything else than such a model.
-        OSError: when the disk is full, or does not take the files for another reason. The old model stays as it was.
+        OSError: When the disk is full, or does not take the files for another reason. The old model stays as it was.
     """
     folder = Path(folder)
     check_variables(model, variables)
