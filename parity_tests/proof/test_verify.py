@@ -1,5 +1,6 @@
 """What `verify` takes, what it refuses, and the words of its verdict."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,6 +82,19 @@ def test_what_both_sides_share_is_named() -> None:
     report = convert.verify(state_dict, converted=(model, variables), count=1, **told)
     assert not report.right
     assert report.causes == ['pooled features: matches if pooled by the mean of all tokens instead of the class token']
+
+
+@pytest.mark.parametrize('build', [simple, deep])
+def test_a_matrix_that_is_off_by_three_millionths(build: Callable[[], torch.nn.Module]) -> None:
+    """Relative to its size, at random: 25 times float32's rounding of one number, and no rounding in float64."""
+    module = build()
+    model, variables = convert.from_torch(module)
+    net = variables['params']['transformer']['layers_0_1']['net_1']
+    noise = np.random.default_rng(0).standard_normal(net['kernel'].shape)
+    net['kernel'] = jnp.asarray(net['kernel'] * (1 + 3e-6 * noise), jnp.float32)
+    report = convert.verify(module, converted=(model, variables), count=1)
+    assert not report.right
+    assert report.causes[0].startswith("block 0 feed-forward: net.1.weight: not the source's, at most ")
 
 
 def test_too_coarse_is_not_another_function(monkeypatch: pytest.MonkeyPatch) -> None:
