@@ -21,6 +21,7 @@ from convert.architectures.architecture import Field, Layout, class_name
 from convert.errors import ConversionError, ConversionWarning
 from convert.files import checkpoint
 from convert.recognition import live_module, names
+from convert.recognition.arguments import read_arguments
 from convert.recognition.fields import resolve
 from convert.recognition.layouts import leaves
 from convert.recognition.names import Leaf
@@ -106,9 +107,11 @@ def inspect(source: Any, *, key: str | None = None, **overrides: Any) -> Inspect
     """
     known: Mapping[str, Any] = {}
     files: tuple[Path, ...] = ()
+    beside: dict[str, Any] = {}
     if isinstance(source, str | os.PathLike):
         read = checkpoint.read(source)
         name, form, files, tree = str(source), read.format, read.files, read.tree
+        beside = checkpoint.read_beside(read)
         if isinstance(tree, Mapping) and any(OWN.match(str(key)) for key in tree):
             raise ConversionError(
                 f"{source} is flax_vit's own, converted already: flax_vit.from_pretrained reads the folder it is in; "
@@ -128,6 +131,8 @@ def inspect(source: Any, *, key: str | None = None, **overrides: Any) -> Inspect
     found = unwrap(tree, key=key, head=num_classes != 0)
     check_dtypes(found.tensors)
     fields = resolve(found.fit, overrides, known)
+    if any(field.how in {'unknown', 'assumed'} for field in fields.values()):
+        fields = read_arguments({'': tree} | beside, found.fit, overrides, known, fields)
     if 'param_dtype' not in overrides:
         dtypes = {jax.dtypes.canonicalize_dtype(tensor.dtype) for tensor in found.tensors.values()}
         if len(dtypes) == 1:

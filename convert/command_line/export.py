@@ -1,5 +1,6 @@
 """A converted folder to a checkpoint that PyTorch loads."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from convert.conversion import to_torch
 from convert.errors import ConversionError
 from flax_vit import from_pretrained
-from flax_vit.folders.config import appearing_whole
+from flax_vit.folders.config import appearing_whole, new_config
 from flax_vit.folders.saving import write_arrays
 
 
@@ -25,10 +26,12 @@ def export(folder: Path, target: Path, *, layout: str | None = None, overwrite: 
         raise ConversionError(f'{target} exists; give another name, or --overwrite.')
     if target.suffix not in {'.safetensors', '.pt', '.pth'}:
         raise ConversionError(f'{target.name} should end in .safetensors or .pt, to say which format is wanted.')
-    state_dict = to_torch(*from_pretrained(folder), layout=layout)
+    model, variables = from_pretrained(folder)
+    state_dict = to_torch(model, variables, layout=layout)
     with appearing_whole(target) as partial:
         if target.suffix == '.safetensors':
-            write_arrays(partial, state_dict, {'format': 'pt'})
+            fields = new_config(model, None)['fields']  # the weights don't tell all of them
+            write_arrays(partial, state_dict, {'format': 'pt', 'model_args': json.dumps(fields)})
         else:
             _save_pt(state_dict, partial)
 

@@ -11,6 +11,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -42,6 +43,28 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Raises: ConversionError, saying what the file looks like and what to do; OSError (FileNotFoundError, ...).
     """
     return _read(Path(path))
+
+
+def read_beside(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is said of a checkpoint outside of its tree: in a config.json beside it, in safetensors' metadata.
+
+    Raises: ConversionError for a config.json that is none.
+    """
+    said: dict[str, Any] = {}
+    for name, words in checkpoint.metadata.items():
+        if words.startswith('{'):
+            with suppress(ConversionError, ValueError):
+                said[name] = read_json(words.encode())
+    for folder in {file.parent for file in checkpoint.files}:
+        path = folder / 'config.json'
+        if path.is_file() and path.stat().st_size <= JSON_BYTES:
+            try:
+                said[path.name] = read_json(path.read_bytes())
+            except (ConversionError, ValueError, RecursionError) as error:
+                raise ConversionError(
+                    f'{path}, beside the weights, is no JSON ({error}): mend it, or take it away.'
+                ) from error
+    return said
 
 
 def array(tensor: Any) -> np.ndarray:

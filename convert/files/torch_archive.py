@@ -33,6 +33,10 @@ class Foreign:
     name: str  # 'argparse.Namespace'
 
 
+class Namespace(dict[Any, Any]):
+    """The attributes of an argparse.Namespace, which is what many trainers have their arguments in."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Storage(Foreign):
     """The bytes that tensors are views of."""
@@ -150,8 +154,11 @@ class _Interpreter:
                     items = stack[-count:]
                     del stack[-count:]
             match name:
-                case 'PROTO' | 'FRAME' | 'BUILD':  # BUILD sets an object's attributes: nothing here has any
+                case 'PROTO' | 'FRAME':
                     pass
+                case 'BUILD':  # sets an object's attributes: nothing else here has any
+                    if isinstance(stack[-1], Namespace) and isinstance(items[0], dict):
+                        _set_items(stack[-1], [part for pair in items[0].items() for part in pair])
                 case 'MARK':
                     if len(outer) > 3 * NESTING:  # a container, its class and its arguments have each their own
                         raise ConversionError(f'its values nest more than {NESTING} deep')
@@ -198,6 +205,8 @@ class _Interpreter:
         match function, arguments:
             case Foreign('collections.OrderedDict' | 'builtins.dict' | '__builtin__.dict'), ():
                 return {}
+            case Foreign('argparse.Namespace'), ():
+                return Namespace()
             case Foreign('collections.defaultdict'), (_,):
                 return {}
             case Foreign('torch.Size'), (tuple() as sizes,):

@@ -150,7 +150,6 @@ class Special(torch.Tensor):
 @pytest.mark.parametrize('protocol', [2, 4, 5])
 def test_foreign_objects_are_passed_over(tmp_path: Path, protocol: int) -> None:
     foreign = {
-        'argparse.Namespace': argparse.Namespace(rate=0.1),
         f'{__name__}.Configuration': Configuration(),
         f'{__name__}.Settings': Settings(a=1),
         f'{__name__}.Special': torch.ones(2).as_subclass(Special),
@@ -167,9 +166,11 @@ def test_foreign_objects_are_passed_over(tmp_path: Path, protocol: int) -> None:
         'torch._utils._rebuild_tensor_v3': torch.ones(2, dtype=torch.complex32),
         'torch._utils._rebuild_tensor_v2': torch.ones(2, dtype=torch.complex64).conj(),
     }
-    torch.save({'weight': torch.ones(2), **foreign, 'set': {1, 2}}, tmp_path / 'x.pt', pickle_protocol=protocol)
+    read_too = {'weight': torch.ones(2), 'arguments': argparse.Namespace(rate=0.1)}
+    torch.save(read_too | foreign | {'set': {1, 2}}, tmp_path / 'x.pt', pickle_protocol=protocol)
     tree = read(tmp_path / 'x.pt').tree
     assert tree.pop('weight').tolist() == [1, 1]
+    assert tree.pop('arguments') == {'rate': 0.1}
     assert tree.pop('set').name.endswith('.set')
     assert all(isinstance(value, Foreign) for value in tree.values())
     assert {name: value.name for name, value in tree.items()} == {name: name for name in foreign}

@@ -221,7 +221,7 @@ TRAINERS: dict[str, tuple[Callable[[torch.nn.Module], dict[Any, Any]], str, dict
         timm,
         'state_dict.module',
         {
-            'epoch': '3', 'arch': "'simple_vit'", 'optimizer': '', 'args': 'argparse.Namespace (not read)',
+            'epoch': '3', 'arch': "'simple_vit'", 'optimizer': '', 'args': '2 values',
             'amp_scaler': '2 values', 'metric': '71.5',
         },
     ),

@@ -357,6 +357,7 @@ def check_same(theirs: Any, ours: Any) -> None:
         expected = array(theirs)
         assert (expected.shape, expected.dtype, expected.tobytes()) == (ours.shape, ours.dtype, ours.tobytes())
     elif isinstance(ours, dict):
+        theirs = vars(theirs) if isinstance(theirs, argparse.Namespace) else theirs
         for key in ours:
             if not isinstance(key, Foreign):
                 check_same(theirs[key], ours[key])
