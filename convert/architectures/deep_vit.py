@@ -98,7 +98,8 @@ class DeepViTArchitecture(Architecture):
         if image_size and image_size.value != inferred:
             raise ConversionError(
                 f'image_size={image_size.value!r} contradicts the weights: pos_embedding has {side} x {side} patches '
-                f'of {patch_size.value}, which is {inferred}.'
+                f'of {patch_size.value}, which is {inferred}. For another size, convert the model as it is, save it, '
+                f'and read it again: flax_vit.from_pretrained(folder, image_size={image_size.value!r}).'
             )
         how: Any = 'assumed' if patch_size.how == 'assumed' else 'inferred'
         why = f'{side} x {side} patches of {patch_size.value}'

@@ -41,7 +41,13 @@ def resolve(fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any] | None 
     for name in sorted(set(given) & set(inferred)):
         if given[name] != inferred[name].value:
             value, why = inferred[name].value, inferred[name].why
-            raise ConversionError(f'{name}={given[name]!r} contradicts the weights: it is {value!r} by {why}.')
+            advice = ''
+            if name == 'num_classes':
+                advice = (
+                    ' For another head, convert the model as it is, save it, and read it again: '
+                    f'flax_vit.from_pretrained(folder, num_classes={given[name]!r}).'
+                )
+            raise ConversionError(f'{name}={given[name]!r} contradicts the weights: it is {value!r} by {why}.{advice}')
     fields = architecture.told_by_sizes(fields, fit.sizes, defaults)
     for name, default in defaults.items():
         if name in architecture.assumed:

@@ -17,6 +17,7 @@ from convert.errors import ConversionError
 from convert.files.checkpoint import Foreign
 from convert.recognition.layouts import Fit, beginnings, best_fit
 from convert.recognition.relatives import relative
+from convert.recognition.rewritten import refusal_of, warning_of
 
 # Counters that profilers leave among the weights; they are no part of any model's function.
 BOOKKEEPING = {'total_ops', 'total_params'}
@@ -177,6 +178,7 @@ def equal(one: Candidate, other: Candidate) -> bool:
 def left_aside(leaves: Iterable[Item], model: Candidate) -> dict[str, str]:
     """What is not part of the model, grouped where its address parts from the model's."""
     groups: dict[str, list[Any]] = defaultdict(list)
+    tensors: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     address = model.place.address
     parts = {(*address, *name.split('.')) for name in model.fit.names}
     for leaf in leaves:
@@ -188,8 +190,11 @@ def left_aside(leaves: Iterable[Item], model: Candidate) -> dict[str, str]:
                 (i for i, (a, b) in enumerate(zip(path, address, strict=False)) if a != b),
                 min(len(path) - 1, len(address)),
             )
-            groups['.'.join(path[: shared + 1])].append(leaf.value)
-    return {group: describe(values) for group, values in groups.items()}
+            group = '.'.join(path[: shared + 1])
+            groups[group].append(leaf.value)
+            if isinstance(leaf.value, np.ndarray):
+                tensors[group]['.'.join(path[shared:])] = leaf.value
+    return {group: describe(values) + warning_of(tensors[group]) for group, values in groups.items()}
 
 
 def describe(values: list[Any]) -> str:
@@ -219,7 +224,11 @@ def refusal(leaves: list[Item], found: list[Candidate]) -> str:
     best = min(found, key=lambda candidate: len(candidate.fit.problems) / len(candidate.fit.names), default=None)
     if best and (reason := relative({name: tensor.shape for name, tensor in best.tensors.items()})):
         return reason
+    if best and (reason := refusal_of(best.tensors)):
+        return reason
     if not (best and best.fit.advice) and (reason := relative(shapes)):
+        return reason
+    if not best and (reason := refusal_of(shapes)):
         return reason
     if not best:
         return f'This is no {model_names()} of vit-pytorch. {_contents(leaves)}'
