@@ -117,6 +117,10 @@ def inspect(source: Any, *, key: str | None = None, **overrides: Any) -> Inspect
                 f"{source} is flax_vit's own, converted already: flax_vit.from_pretrained reads the folder it is in; "
                 'a program that serve-export wrote is run as docs/serving.md says.'
             )
+    elif isinstance(source, type):
+        raise ConversionError(
+            f'This is the class {source.__name__}, not a model of it: build one, load its weights, and pass that.'
+        )
     elif live_module.is_module(source):
         inner = live_module.unwrapped(source)
         name, form, tree = class_name(inner), 'live module', arrays(inner.state_dict())

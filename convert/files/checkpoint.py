@@ -42,7 +42,9 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises: ConversionError, saying what the file looks like and what to do; OSError (FileNotFoundError, ...).
     """
-    return _read(Path(path))
+    if re.match(r'[a-z][a-z0-9+.-]+://', os.fspath(path)):
+        raise ConversionError(f'{os.fspath(path)!r} is an address, not a file: download it, and give its path.')
+    return _read(Path(path).expanduser())
 
 
 def read_beside(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -37,11 +37,12 @@ def unwrapped(module: Any) -> Any:
     known = ported()
     if class_name(module) not in known:
         inside = [name for name, part in module.named_modules() if class_name(part) in known]
-        advice = (
-            f'It holds one; pass that: module.get_submodule({inside[0]!r}).'
-            if inside
-            else 'If it computes what one of those does, pass its state_dict().'
-        )
+        calls = [f'module.get_submodule({name!r})' for name in inside]
+        advice = 'If it computes what one of those does, pass its state_dict().'
+        if len(calls) == 1:
+            advice = f'It holds one; pass that: {calls[0]}.'
+        elif calls:
+            advice = f'It holds {len(calls)}, which may differ; pass the one that you want: {", ".join(calls)}.'
         raise ConversionError(
             f'This module is a {class_name(module)}, which is none of {", ".join(sorted(known))}. {advice}'
         )

@@ -46,7 +46,7 @@ REWRITINGS = (
         'Convert the weights of before the quantisation.',
     ),
 )
-_NORMALISATION = re.compile(r'(^|[._])(mean|std)$')
+_NORMALISATION = re.compile(r'(^|[._])(?P<kind>mean|std)$')
 
 
 def rewriting_of(names: Iterable[str]) -> tuple[Rewriting, list[str]] | None:
@@ -79,8 +79,9 @@ def warning_of(tensors: Mapping[str, np.ndarray]) -> str:
         return (
             f' ({rewriting.what}, {telling[0]}, …: if they belong to this model, it computes another function without)'
         )
-    names = [name for name, tensor in tensors.items() if _NORMALISATION.search(name) and 0 < tensor.size <= 4]
-    if {name[-3:] for name in names} == {'ean', 'std'}:
-        shown = ', '.join(names)
+    small = {name: _NORMALISATION.search(name) for name, tensor in tensors.items() if 0 < tensor.size <= 4}
+    kinds = {name: found['kind'] for name, found in small.items() if found}
+    if set(kinds.values()) == {'mean', 'std'}:
+        shown = ', '.join(kinds)
         return f' ({shown}: a normalisation in front of the model? Then images need it before they come here)'
     return ''

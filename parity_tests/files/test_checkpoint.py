@@ -625,3 +625,12 @@ def test_sha256(tmp_path: Path) -> None:
 def test_a_checkpoint_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         Checkpoint({}, 'safetensors', ()).tree = {}  # type: ignore[misc]
+
+
+def test_addresses_and_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ('https://example.com/vit.pt', 's3://bucket/vit.pt'):
+        with pytest.raises(ConversionError, match=f'{address!r} is an address, not a file: download it'):
+            read(address)
+    torch.save({'weight': torch.ones(2)}, tmp_path / 'vit.pt')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert list(read('~/vit.pt').tree) == ['weight']

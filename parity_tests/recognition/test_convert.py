@@ -234,3 +234,8 @@ print(type(model).__name__, 'torch' in sys.modules)
         [sys.executable, '-W', 'ignore', '-c', script], cwd=root, capture_output=True, text=True, check=False
     )
     assert run.stdout == 'SimpleViT False\n', run.stderr
+
+
+def test_a_class_is_no_model() -> None:
+    with pytest.raises(ConversionError, match='This is the class SimpleViT, not a model of it: build one'):
+        convert.inspect(simple_vit.SimpleViT)

@@ -134,7 +134,7 @@ def test_a_live_wrapper_that_computes_something_else_names_what_it_holds(wrapper
     wrapped = wrap(module())
     message = refusal(wrapped)
     assert message.startswith(f'This module is a {type(wrapped).__module__}.{type(wrapped).__qualname__}, which is')
-    assert f'It holds one; pass that: module.get_submodule({address!r})' in message
+    assert f'pass that: module.get_submodule({address!r})' in message or f'want: module.get_submodule({address!r})' in message
 
 
 def test_a_part_of_the_model_that_is_wrapped_for_itself() -> None:
@@ -634,3 +634,11 @@ def test_checking_a_module_draws_no_random_numbers() -> None:
     before = torch.random.get_rng_state()
     inspect(inner)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_a_module_that_holds_two_names_both() -> None:
+    """As ema-pytorch's wrapper does: the trained model and its average."""
+    wrapper = torch.nn.Module()
+    wrapper.online_model, wrapper.ema_model = module('SimpleViT'), module('SimpleViT')
+    with pytest.raises(ConversionError, match=r'It holds 2, .*\(.online_model.\), module.get_submodule\(.ema_model.\)'):
+        convert.inspect(wrapper)
