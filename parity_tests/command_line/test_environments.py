@@ -126,7 +126,9 @@ def test_a_full_disk_behind_the_output(folder: pathlib.Path) -> None:
 def test_ctrl_c(folder: pathlib.Path) -> None:
     """Pressed when the weights are about to be renamed: nothing of them is left."""
     before = contents(folder)
-    press = 'import os, signal, pathlib; pathlib.Path.chmod = lambda *_: os.kill(os.getpid(), signal.SIGINT)'
+    # a shell that starts the tests in the background has its children ignore the key
+    press = 'import os, signal, pathlib; signal.signal(signal.SIGINT, signal.default_int_handler); '
+    press += 'pathlib.Path.chmod = lambda *_: os.kill(os.getpid(), signal.SIGINT)'
     statuses, _, complaint = run([['convert', 'vit.safetensors', 'new', '--heads', '2']], folder, press)
     assert statuses == [130]
     assert 'Interrupted.' in complaint.splitlines()
