@@ -107,11 +107,10 @@ def inspect(source: Any, *, key: str | None = None, **overrides: Any) -> Inspect
     """
     known: Mapping[str, Any] = {}
     files: tuple[Path, ...] = ()
-    beside: dict[str, Any] = {}
+    read = None
     if isinstance(source, str | os.PathLike):
         read = checkpoint.read(source)
         name, form, files, tree = str(source), read.format, read.files, read.tree
-        beside = checkpoint.read_beside(read)
         if isinstance(tree, Mapping) and any(OWN.match(str(key)) for key in tree):
             raise ConversionError(
                 f"{source} is flax_vit's own, converted already: flax_vit.from_pretrained reads the folder it is in; "
@@ -136,7 +135,8 @@ def inspect(source: Any, *, key: str | None = None, **overrides: Any) -> Inspect
     check_dtypes(found.tensors)
     fields = resolve(found.fit, overrides, known)
     if any(field.how in {'unknown', 'assumed'} for field in fields.values()):
-        fields = read_arguments({'': tree} | beside, found.fit, overrides, known, fields)
+        said = {'': tree} | (checkpoint.read_beside(read) if read else {})
+        fields = read_arguments(said, found.fit, overrides, known, fields)
     if 'param_dtype' not in overrides:
         dtypes = {jax.dtypes.canonicalize_dtype(tensor.dtype) for tensor in found.tensors.values()}
         if len(dtypes) == 1:

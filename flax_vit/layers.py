@@ -306,6 +306,12 @@ def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
 
 
+def grid_of(model: Any) -> tuple[int, int]:
+    """The rows and columns of patches in an image."""
+    (height, width), (rows, columns) = pair(model.image_size), pair(model.patch_size)
+    return height // rows, width // columns
+
+
 def to_patches(
     model: nn.Module,
     images: Shaped[Array | np.ndarray, '...'],

@@ -24,6 +24,7 @@ from flax_vit.layers import (
     check_sizes,
     exponentials,
     gelu,
+    grid_of,
     in_query_chunks,
     pair,
     product,
@@ -147,8 +148,7 @@ class SimpleViT(Layer):
     @property
     def grid(self) -> tuple[int, int]:
         """The height and width of an image in patches."""
-        image_size, patch_size = pair(self.image_size), pair(self.patch_size)
-        return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+        return grid_of(self)
 
     @nn.nowrap
     def pos_embedding(self) -> Float32[np.ndarray, 'tokens dim']:

@@ -8,14 +8,19 @@ from flax import linen as nn
 from convert.architectures.architecture import Architecture, Layout
 from convert.architectures.deep_vit import DeepViTArchitecture
 from convert.architectures.simple_vit import SimpleViTArchitecture
+from convert.errors import ConversionError
 
 ARCHITECTURES: list[Architecture] = [SimpleViTArchitecture(), DeepViTArchitecture()]
 
 
 def architecture_of(model: nn.Module | type[nn.Module]) -> Architecture:
-    """The record of a model, or of its class, which is one of them."""
+    """The record of a model, or of its class. Raises ConversionError when it is none of them."""
     model_class = model if isinstance(model, type) else type(model)
-    return next(architecture for architecture in ARCHITECTURES if architecture.model is model_class)
+    for architecture in ARCHITECTURES:
+        if architecture.model is model_class:
+            return architecture
+    name = model_class.__name__
+    raise ConversionError(f'A {name} is no {model_names()} of flax_vit: there is no PyTorch model of it.')
 
 
 def all_layouts() -> list[Layout]:

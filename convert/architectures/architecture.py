@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from convert.architectures.way import Way
 from convert.errors import ConversionError
-from flax_vit.layers import pair
+from flax_vit.layers import grid_of, pair
 
 IDENTITY = 'torch.nn.modules.linear.Identity'
 _NUMBER = re.compile(r'(?<=\.layers\.|encoder_)\d+(?=\.)')  # of a block, in a parameter's name
@@ -129,7 +129,6 @@ class Architecture:
     }
     assumed: ClassVar[frozenset[str]] = frozenset()  # fields that no weights tell, and vit-pytorch has a default for
     attention_maps: ClassVar[tuple[AttentionMap, ...]] = ()
-    float32_positions: ClassVar[bool] = False  # computed, not learned: in float32 even where all else is float64
     way: ClassVar[type[Way] | None] = None  # its parts in numpy, to tell causes; None: no cause is known
 
     @property
@@ -150,13 +149,12 @@ class Architecture:
 
     def quantities(self, model: Any) -> dict[str, int]:
         """What the axes are made of, for a model."""
-        (rows, columns), (height, width) = pair(model.patch_size), pair(model.image_size)
         return {
             '1': 1,
             'heads': model.heads,
-            'channels x patch area': model.channels * rows * columns,
+            'channels x patch area': model.channels * math.prod(pair(model.patch_size)),
             'dim': model.dim,
-            'patches': (height // rows) * (width // columns),
+            'patches': math.prod(grid_of(model)),
             'mlp_dim': model.mlp_dim,
             'num_classes': model.num_classes,
             'heads x dim_head': model.heads * model.dim_head,

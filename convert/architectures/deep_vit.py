@@ -32,7 +32,6 @@ _PRENORM = {
 class DeepViTWay(Way):
     """A way to compute a DeepViT."""
 
-    HEAD = 'mlp_head'
     TO_OUT = 'to_out.0'
     SECOND_LINEAR = 'net.4'  # a Dropout is in between
 

@@ -30,7 +30,6 @@ _BEFORE_1_0 = {'patch_norm': False, **_BEFORE_1_4}
 class SimpleViTWay(Way):
     """A way to compute a SimpleViT."""
 
-    HEAD = 'linear_head'
     TO_OUT = 'to_out'
     SECOND_LINEAR = 'net.3'
     POOLS: ClassVar[Mapping[str, str]] = {**Way.POOLS, 'cls': 'the first token'}
@@ -61,7 +60,6 @@ class SimpleViTArchitecture(Architecture):
         Layout('B-cos', SimpleViT, '0.35.0 to 0.40.2, under the names of B-cos/B-cos-v2', _BEFORE_1_0, _B_COS),
     )
     attention_maps = (AttentionMap('attend', 'attend'),)
-    float32_positions = True
     way = SimpleViTWay
 
     def known_fields(self, module: Any) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import ml_dtypes
 import numpy as np
 from einops import rearrange
-from flax import linen as nn
 
 from flax_vit.layers import pair
 
@@ -47,8 +46,7 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 class Way:
     """A way to compute the parts of a model for one image, in float64. The defaults are PyTorch's."""
 
-    # PyTorch's names of the modules; those of the last two within their block's part
-    HEAD: ClassVar[str]
+    # PyTorch's names of modules within their part
     TO_OUT: ClassVar[str]
     SECOND_LINEAR: ClassVar[str]
     POOLS: ClassVar[Mapping[str, str]] = {
@@ -58,7 +56,7 @@ class Way:
         'last': 'the last token',
     }
 
-    model: nn.Module
+    model: Any
     tensors: Mapping[str, np.ndarray]  # PyTorch's names and shapes; also a SimpleViT's 'pos_embedding'
     heads: int
     cut: str = '(h p1) (w p2) c -> (h w) (p1 p2 c)'
@@ -84,20 +82,11 @@ class Way:
     @classmethod
     def for_part(cls, model: Any, tensors: Mapping[str, np.ndarray], part: str) -> 'Way':
         """PyTorch's way, with the tensors that the part and the tokens before it need."""
-        needed = (*cls.owned(part), 'pos_embedding', 'cls_token')
+        needed = (*owned(model, part), 'pos_embedding', 'cls_token')
         if part == 'to_latent':
-            needed += (f'{cls.HEAD}.0.',)  # the norm that may be taken before pooling by mistake
+            needed += (f'{model.HEAD}.0.',)  # the norm that may be taken before pooling by mistake
         exact = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items() if name.startswith(needed)}
         return cls.right(model, exact)
-
-    @classmethod
-    def owned(cls, part: str) -> tuple[str, ...]:
-        """The beginnings of the names of the parameters that a part depends on."""
-        if part.startswith('to_patch_embedding'):
-            return ('to_patch_embedding.',)
-        positions = ('pos_embedding', 'cls_token') if part == 'transformer.layers.0.0' else ()
-        ends = {'to_latent': ('transformer.norm.',), '': (f'{cls.HEAD}.',)}
-        return ends.get(part, (f'{part}.', *positions))
 
     def mistakes_of_heads(self, part: str, inner_dim: int, tokens: int) -> Iterator['Mistake']:
         """What the number of heads may be by mistake, and what is done with them."""
@@ -168,9 +157,10 @@ class Way:
     def logits(self, x: np.ndarray) -> np.ndarray:
         if not self.model.num_classes:
             return x
-        if f'{self.HEAD}.weight' in self.tensors:
-            return self.linear(x, self.HEAD)
-        return self.linear(self.norm(x, f'{self.HEAD}.0'), f'{self.HEAD}.1')
+        head = self.model.HEAD
+        if f'{head}.weight' in self.tensors:
+            return self.linear(x, head)
+        return self.linear(self.norm(x, f'{head}.0'), f'{head}.1')
 
     def linear(self, x: np.ndarray, name: str) -> np.ndarray:
         return self.product(x, self.tensors[f'{name}.weight'].T) + self.tensors.get(f'{name}.bias', 0.0)
@@ -222,6 +212,15 @@ def part_inputs(way: Way, image: np.ndarray, outputs: Mapping[str, np.ndarray], 
     if part == '' or len(before) == 1:
         return [outputs[before[-1]]]
     return [way.embedded(outputs[before[0]]), *(outputs[name] for name in before[1:])]
+
+
+def owned(model: Any, part: str) -> tuple[str, ...]:
+    """The beginnings of the names of the parameters that a part depends on."""
+    if part.startswith('to_patch_embedding'):
+        return ('to_patch_embedding.',)
+    positions = ('pos_embedding', 'cls_token') if part == 'transformer.layers.0.0' else ()
+    ends = {'to_latent': ('transformer.norm.',), '': (f'{model.HEAD}.',)}
+    return ends.get(part, (f'{part}.', *positions))
 
 
 def short(name: str, part: str) -> str:

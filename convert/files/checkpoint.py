@@ -55,16 +55,17 @@ def read_beside(checkpoint: Checkpoint) -> dict[str, Any]:
     said: dict[str, Any] = {}
     for name, words in checkpoint.metadata.items():
         if words.startswith('{'):
-            with suppress(ConversionError, ValueError):
+            with suppress(ConversionError, ValueError, RecursionError):
                 said[name] = read_json(words.encode())
     for folder in {file.parent for file in checkpoint.files}:
         path = folder / 'config.json'
-        if path.is_file() and path.stat().st_size <= JSON_BYTES:
+        if path.is_file():
             try:
-                said[path.name] = read_json(path.read_bytes())
+                with path.open('rb') as file:
+                    said[path.name] = read_json(file.read(JSON_BYTES + 1))
             except (ConversionError, ValueError, RecursionError) as error:
                 raise ConversionError(
-                    f'{path}, beside the weights, is no JSON ({error}): mend it, or take it away.'
+                    f'{path}, beside the weights, cannot be read ({error}): mend it, or take it away.'
                 ) from error
     return said
 

@@ -33,10 +33,6 @@ class Foreign:
     name: str  # 'argparse.Namespace'
 
 
-class Namespace(dict[Any, Any]):
-    """The attributes of an argparse.Namespace, which is what many trainers have their arguments in."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Storage(Foreign):
     """The bytes that tensors are views of."""
@@ -156,9 +152,10 @@ class _Interpreter:
             match name:
                 case 'PROTO' | 'FRAME':
                     pass
-                case 'BUILD':  # sets an object's attributes: nothing else here has any
-                    if isinstance(stack[-1], Namespace) and isinstance(items[0], dict):
-                        _set_items(stack[-1], [part for pair in items[0].items() for part in pair])
+                case 'BUILD':  # sets an object's attributes, which are all that a Namespace is: a trainer's arguments
+                    match stack[-1], items[0]:
+                        case Foreign('argparse.Namespace'), dict() as attributes:
+                            stack[-1] = attributes
                 case 'MARK':
                     if len(outer) > 3 * NESTING:  # a container, its class and its arguments have each their own
                         raise ConversionError(f'its values nest more than {NESTING} deep')
@@ -205,8 +202,6 @@ class _Interpreter:
         match function, arguments:
             case Foreign('collections.OrderedDict' | 'builtins.dict' | '__builtin__.dict'), ():
                 return {}
-            case Foreign('argparse.Namespace'), ():
-                return Namespace()
             case Foreign('collections.defaultdict'), (_,):
                 return {}
             case Foreign('torch.Size'), (tuple() as sizes,):

@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from convert.architectures import architecture_of
-from convert.architectures.way import Mistake, Way, part_inputs, short
+from convert.architectures.way import Mistake, Way, owned, part_inputs, short
 from convert.proof.measure import relative, size
 from convert.proof.mistakes import mistakes, rounding_mistakes
 from convert.recognition.names import leaf
@@ -97,7 +97,7 @@ def wrong_parameters(
     dtypes: dict[str, Any] = {}
     for path, array in flatten_dict(variables.get('params', {})).items():
         rule = leaf(path, np.ndim(array))
-        if rule.name.startswith(way.owned(part)) and rule.name in way.tensors:
+        if rule.name.startswith(owned(way.model, part)) and rule.name in way.tensors:
             ours = np.asarray(rule.to_torch(np.asarray(array)), np.float64)
             if not np.array_equal(ours, way.tensors[rule.name], equal_nan=True):
                 wrong[rule.name], dtypes[rule.name] = ours, array.dtype

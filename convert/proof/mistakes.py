@@ -12,7 +12,7 @@ from itertools import permutations
 import numpy as np
 from einops import rearrange
 
-from convert.architectures.way import ROUNDINGS, Mistake, Way, short
+from convert.architectures.way import ROUNDINGS, Mistake, Way, owned, short
 from flax_vit.layers import pair
 
 HIGHEST = "set precision='highest'"
@@ -20,7 +20,7 @@ HIGHEST = "set precision='highest'"
 
 def mistakes(way: Way, part: str, tokens: int) -> Iterator[Mistake]:
     """Every known mistake that the part's sizes allow; `tokens` is the number of rows that a block puts out."""
-    tensors = {name: tensor for name, tensor in way.tensors.items() if name.startswith(way.owned(part))}
+    tensors = {name: tensor for name, tensor in way.tensors.items() if name.startswith(owned(way.model, part))}
     yield from _mistakes_of_norms(tensors, part, way)
     yield from _mistakes_of_tensors(tensors, part)
     if part.startswith('to_patch_embedding'):
@@ -135,7 +135,7 @@ def _mistakes_of_pooling(way: Way) -> Iterator[Mistake]:
     if way.final_norm:
         yield Mistake('without the LayerNorm before pooling (it is in the head, or nowhere)', {'final_norm': None})
         yield Mistake('with the LayerNorm after instead of before pooling', {'norm_when': 'after'})
-    norm = f'{way.HEAD}.0'
+    norm = f'{way.model.HEAD}.0'
     if f'{norm}.bias' in way.tensors:
         yield Mistake(f'with the LayerNorm {norm} before pooling instead of in the head', {'final_norm': norm})
         yield Mistake(

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from convert.architectures.architecture import Field
+from convert.architectures.architecture import Field, one_or_pair
 from convert.errors import ConversionError
 from convert.recognition.fields import resolve
-from convert.recognition.layouts import Fit
+from convert.recognition.layouts import MOST_LINES, Fit
 from flax_vit.layers import COMPUTATION, pair
 
 # Keys under which trainers keep the arguments of what they train. What stands elsewhere is this model's if it agrees
@@ -37,7 +37,7 @@ class Arguments:
 
 
 def read_arguments(
-    tree: Any, fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any], fields: Mapping[str, Field]
+    tree: Mapping[Any, Any], fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any], fields: Mapping[str, Field]
 ) -> dict[str, Field]:
     """`fields`, with what the source's tree says of those that are unknown or assumed.
 
@@ -80,7 +80,7 @@ def read_arguments(
         needed = ', '.join(f'{name}=…' for name in fields if name in still - TRAINING)
         raise ConversionError(
             'What the source says of itself does not fit its weights:\n'
-            + '\n'.join(f'  {contradiction}' for contradiction in contradictions)
+            + '\n'.join(f'  {contradiction}' for contradiction in contradictions[:MOST_LINES])
             + f'\nIf that is of another model, give what the weights do not tell: {needed}.'
         )
     if not found:
@@ -90,14 +90,16 @@ def read_arguments(
     return {**resolved, **read}
 
 
-def groups(tree: Any, names: list[str]) -> Iterator[Arguments]:
+def groups(tree: Mapping[Any, Any], names: list[str]) -> Iterator[Arguments]:
     """The arguments in every dict of the tree: under their names, or all under names with one beginning."""
     longest_first = sorted(names, key=len, reverse=True)  # mlp_dim before dim
-    waiting: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    waiting: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), tree)]
+    entered = set()  # a dict may hold itself
     while waiting:
         path, node = waiting.pop()
-        if not isinstance(node, Mapping):
+        if id(node) in entered:
             continue
+        entered.add(id(node))
         waiting += [((*path, str(key)), value) for key, value in node.items() if isinstance(value, Mapping)]
         by_beginning: dict[str, dict[str, Any]] = {}
         for key, value in node.items():
@@ -121,7 +123,7 @@ def plain(value: Any) -> int | float | str | tuple[int, int] | None:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, list | tuple) and len(value) == 2 and all(type(item) is int for item in value):
-        return value[0] if value[0] == value[1] else (value[0], value[1])
+        return one_or_pair((value[0], value[1]))
     return value if type(value) in {int, float, str} else None
 
 

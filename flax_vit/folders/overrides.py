@@ -91,12 +91,6 @@ def resize_positions(table: np.ndarray, old: tuple[int, int], new: tuple[int, in
     return np.concatenate([table[:, :others], np.asarray(resized).reshape(1, math.prod(new), -1)], axis=1)
 
 
-def grid_of(model: Any) -> tuple[int, int]:
-    """The rows and columns of patches in an image."""
-    (height, width), (rows, columns) = pair(model.image_size), pair(model.patch_size)
-    return height // rows, width // columns
-
-
 def initial(model: nn.Module, paths: Collection[str], key: Array, shardings: Mapping[str, Any]) -> dict[str, Array]:
     """The parameters at these paths as `model.init(key, …)` gives them; of the others, none is computed."""
     images = jnp.zeros((1, *pair(model.image_size), model.channels))

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from flax_vit.folders.config import GOLDEN, check_hashes, model_of, read_config
 from flax_vit.folders.hub import local_folder
-from flax_vit.folders.overrides import changes, grid_of, initial, resize_positions
+from flax_vit.folders.overrides import changes, initial, resize_positions
+from flax_vit.layers import grid_of
 from flax_vit.parameters import check_dtypes, check_shapes, saved_shapes
 from flax_vit.sharding import RULES, Rules, check_mesh, shardings
 from flax_vit.stacking import stacked

@@ -16,6 +16,7 @@ from vit_pytorch.simple_vit import SimpleViT
 
 import convert
 from convert import ConversionError
+from convert.recognition.arguments import groups
 from flax_vit import save_pretrained
 from parity_tests.support.reference import perturbed
 
@@ -61,7 +62,7 @@ def test_a_config_beside_the_weights(tmp_path: pathlib.Path) -> None:
     for source in (tmp_path, tmp_path / 'model.safetensors'):
         assert convert.inspect(source).model.heads == 2
     (tmp_path / 'config.json').write_text('{"heads": ')
-    with pytest.raises(ConversionError, match=r'config\.json, beside the weights, is no JSON'):
+    with pytest.raises(ConversionError, match=r'config\.json, beside the weights, cannot be read'):
         convert.inspect(tmp_path)
 
 
@@ -115,3 +116,28 @@ def test_what_is_not_of_the_model_is_nothing() -> None:
     assert convert.inspect(source, **told).assumptions == ''
     fields = convert.inspect(source, image_size=(8, 12)).fields
     assert {name for name, field in fields.items() if field.how == 'read'} == set()
+
+
+def test_dicts_that_hold_each_other_are_entered_once() -> None:
+    arguments: dict[str, Any] = dict(SIMPLE)
+    arguments['self'] = arguments
+    shared = {'hyper_parameters': arguments}
+    for _ in range(60):  # 2⁶⁰ ways lead to it
+        shared = {'one': shared, 'other': shared}
+    found = groups(shared, list(SIMPLE))
+    assert [dict(each.values) for each in found] == [SIMPLE]
+
+
+def test_a_config_that_nobody_asks_is_not_read(tmp_path: pathlib.Path) -> None:
+    save_file(module(SIMPLE).state_dict(), tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').write_text('[' * 100_000)
+    with pytest.raises(ConversionError, match=r'config\.json, beside the weights, cannot be read'):
+        convert.inspect(tmp_path)
+    told = {name: SIMPLE[name] for name in ('image_size', 'patch_size', 'channels', 'heads', 'dim_head')}
+    assert convert.inspect(tmp_path, **told).model.heads == 2
+
+
+def test_metadata_is_no_way_to_harm(tmp_path: pathlib.Path) -> None:
+    metadata = {'deep': '{"a":' * 100_000, 'broken': '{"heads": ', 'model_args': json.dumps(SIMPLE)}
+    save_file(module(SIMPLE).state_dict(), tmp_path / 'vit.safetensors', metadata)
+    assert convert.inspect(tmp_path / 'vit.safetensors').model.heads == 2

@@ -9,11 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 
 import convert
 from convert import ConversionError
-from convert.architectures import all_layouts
-from convert.architectures.architecture import Layout
+from convert.architectures import ARCHITECTURES, all_layouts
+from convert.architectures.architecture import Architecture, Layout
 from convert.proof.torch_side import TorchSide
 from convert.recognition.layouts import leaves, template
 from convert.recognition.unwrap import unwrap
@@ -185,3 +186,27 @@ def test_a_missing_block_is_said_and_not_skipped() -> None:
 def test_every_layout_has_a_golden_file_and_fields_of_its_model() -> None:
     assert {layout_of(name) for name in CONVERTED} == {layout.id for layout in all_layouts()}
     assert {layout.model for layout in all_layouts()} == {SimpleViT, DeepViT}
+
+
+@pytest.mark.parametrize('architecture', ARCHITECTURES, ids=lambda architecture: architecture.model.__name__)
+def test_a_size_of_the_probe_tells_what_an_axis_holds(
+    architecture: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No two axes are alike; and another probe says the same of every parameter."""
+    layout = architecture.layouts[0]
+    quantities = architecture.quantities(layout.model(**architecture.probe, depth=1))
+    assert len({axis.size(quantities) for axis in architecture.axes}) == len(architecture.axes)
+    expected = leaves(layout, depth=2)
+    other = {'image_size': 33, 'patch_size': 3, 'channels': 5, 'dim': 28, 'mlp_dim': 37, 'num_classes': 41}
+    monkeypatch.setattr(type(architecture), 'probe', other | {'heads': 11, 'dim_head': 13})
+    assert leaves(layout, depth=2) == expected
+
+
+def test_a_model_of_somebody_else_goes_nowhere() -> None:
+    class Own(SimpleViT):
+        pass
+
+    own = Own(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=8)
+    for model in (own, nn.Dense(3)):
+        with pytest.raises(ConversionError, match=rf'A {type(model).__name__} is no SimpleViT or DeepViT of flax_vit'):
+            convert.to_torch(model, {'params': {}})
