@@ -24,6 +24,7 @@ import flax_vit.simple_vit
 from convert.architectures import architecture_of, simple_vit
 from convert.architectures import way as ways
 from convert.proof import causes, mistakes
+from convert.proof.measure import size
 from convert.proof.parity import Report, labels, verify
 from convert.proof.torch_side import TorchSide
 from convert.recognition import names as params
@@ -345,6 +346,24 @@ def test_no_cause_where_all_is_right(architecture: str, monkeypatch: pytest.Monk
     report = run(architecture, lambda port: None, monkeypatch)
     assert report.right
     assert report.causes == []
+
+
+@pytest.mark.parametrize('part', ['to_patch_embedding.3', 'transformer.layers.0.1'])
+def test_noise_of_bfloat16s_size_is_not_called_bfloat16(part: str, float64: None) -> None:
+    """Products in bfloat16 repeat in numpy: an error of their size that they do not explain is none of theirs."""
+    module, images = pytorch(SIMPLE), random_images(SIMPLE, batch=1)
+    model = convert.inspect(module).model
+    outputs = pytorch_outputs(module, channels_first(images))
+    tensors = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    truth = {name: outputs[name][0] for name in labels(model)}
+    kind: Any = architecture_of(model).way
+    way = kind.for_part(model, tensors, part)
+    inputs = ways.part_inputs(way, images[0], truth, part)
+    coarse = next(each for each in mistakes.rounding_mistakes('float32') if 'products in bfloat16' in each.words)
+    rounding = size(coarse.applied(way).compute(part, inputs) - truth[part])
+    noise = rounding * np.random.default_rng(0).standard_normal(truth[part].shape)
+    (said,) = causes.causes(model, tensors, images[0], truth, part, truth[part] + noise, dtype='float32')
+    assert said.startswith('none of the ')
 
 
 def assert_parts_right(
