@@ -130,7 +130,7 @@ def from_pretrained(
 def read_golden(folder: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """The arrays that were kept to check the model in a folder by; none, when none were. Errors as of `read_config`."""
     with _opened(Path(folder), check=False) as (_, arrays):
-        golden = {path: part[:] for path, part in arrays.items() if path.startswith(GOLDEN)}
+        golden = {path: part[()] for path, part in arrays.items() if path.startswith(GOLDEN)}
     return {path.removeprefix(GOLDEN): array for path, array in golden.items()}
 
 
