@@ -17,11 +17,11 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float, Shaped
 
+from flax_vit import layers
 from flax_vit.layers import (
     EPSILON,
     Identity,
     Layer,
-    Transformer,
     add,
     at_least_float32,
     check_divisible,
@@ -144,6 +144,24 @@ def mean_over_heads(maps: Float[Array, 'batch heads i j']) -> Float[Array, 'batc
     return jax.lax.platform_dependent(maps, cpu=slices, default=reduction)
 
 
+class Transformer(layers.Transformer):
+    @nn.nowrap
+    def block(self) -> list[nn.Module]:
+        attention = Attention(
+            dim=self.dim,
+            heads=self.heads,
+            dim_head=self.dim_head,
+            dropout=self.dropout,
+            query_chunk_size=self.query_chunk_size,
+            **self.numerics,
+            parent=None,
+        )
+        feed_forward = FeedForward(
+            dim=self.dim, hidden_dim=self.mlp_dim, dropout=self.dropout, **self.numerics, parent=None
+        )
+        return [attention, feed_forward]
+
+
 class DeepViT(Layer):
     """A vision transformer with re-attention, learned positions, a class token and dropout.
 
@@ -211,20 +229,14 @@ class DeepViT(Layer):
         self.cls_token = self.param('cls_token', normal, (1, 1, self.dim), self.param_dtype)
         self.embedding_dropout = nn.Dropout(self.emb_dropout)
         self.transformer = Transformer(
-            attention=partial(
-                Attention,
-                dim=self.dim,
-                heads=self.heads,
-                dim_head=self.dim_head,
-                dropout=self.dropout,
-                query_chunk_size=self.query_chunk_size,
-                **self.numerics,
-            ),
-            feed_forward=partial(
-                FeedForward, dim=self.dim, hidden_dim=self.mlp_dim, dropout=self.dropout, **self.numerics
-            ),
+            dim=self.dim,
             depth=self.depth,
+            heads=self.heads,
+            dim_head=self.dim_head,
+            mlp_dim=self.mlp_dim,
+            dropout=self.dropout,
             final_norm=False,
+            query_chunk_size=self.query_chunk_size,
             remat=self.remat,
             scan_layers=self.scan_layers,
             **self.numerics,

@@ -18,6 +18,7 @@ from jaxtyping import Float, Shaped
 EPSILON = 1e-5  # of torch.nn.LayerNorm
 # The fields that say how a model is computed, not what.
 COMPUTATION = frozenset({'dtype', 'precision', 'query_chunk_size', 'remat', 'scan_layers'})
+_PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')  # of products, by JAX's names
 FLOATS = ('float64', 'float32', 'float16', 'bfloat16')  # what weights and computations may be in
 
 
@@ -224,24 +225,33 @@ def loops_over(x: Array) -> AbstractContextManager[None]:
 
 
 class Transformer(Layer):
-    """`Transformer` of both models: attention and feed-forward in turn, each added to its input.
+    """`Transformer` of every model: attention and feed-forward in turn, each added to its input.
 
     Its blocks are `layers_3_0` (attention) and `layers_3_1` (feed-forward), as in PyTorch; with `scan_layers` all are
     one, `blocks/layers_0` and `blocks/layers_1`, whose parameters have a first axis more, the depth.
     """
 
-    attention: Callable[[], nn.Module]
-    feed_forward: Callable[[], nn.Module]
+    dim: int
     depth: int
-    final_norm: bool
-    remat: bool
-    scan_layers: bool
+    heads: int
+    dim_head: int
+    mlp_dim: int
+    dropout: float = 0.0
+    final_norm: bool = True
+    query_chunk_size: int | None = None
+    remat: bool = False
+    scan_layers: bool = False
+
+    @nn.nowrap
+    def block(self) -> list[nn.Module]:
+        """Attention and feed-forward, nobody's children yet. To be written by each model."""
+        raise NotImplementedError
 
     def setup(self) -> None:
         if self.scan_layers:
-            self.blocks = Block(attention=self.attention, feed_forward=self.feed_forward)
+            self.blocks = Block(layers=self.block())
         else:
-            self.layers = [[self.attention(), self.feed_forward()] for _ in range(self.depth)]
+            self.layers = [self.block() for _ in range(self.depth)]
         self.norm = self.layer_norm() if self.final_norm else Identity()
 
     def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
@@ -285,11 +295,7 @@ def summed_apart(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
 class Block(nn.Module):
     """The layers that `Transformer` scans over."""
 
-    attention: Callable[[], nn.Module]
-    feed_forward: Callable[[], nn.Module]
-
-    def setup(self) -> None:
-        self.layers = [self.attention(), self.feed_forward()]
+    layers: Sequence[nn.Module]
 
 
 def uniform(bound: float) -> Initializer:
@@ -386,11 +392,15 @@ def check_options(model: Any) -> None:
     for name in ('remat', 'scan_layers'):
         if not isinstance(getattr(model, name), bool):
             raise ValueError(f'{type(model).__name__}: {name} must be True or False, not {getattr(model, name)!r}.')
-    if model.precision is not None:
-        vector = jax.ShapeDtypeStruct((1,), jnp.float32)
-        try:
-            jax.eval_shape(partial(jnp.dot, precision=model.precision), vector, vector)
-        except (TypeError, ValueError) as error:  # JAX lists what it takes
-            raise ValueError(
-                f'{type(model).__name__}: precision={model.precision!r} is not to be had: {error}'
-            ) from error
+    precision, names = model.precision, {*_PRECISIONS, *jax.lax.DotAlgorithmPreset.__members__}
+    one_for_each = isinstance(precision, tuple) and len(precision) == 2
+    if not (
+        precision is None
+        or isinstance(precision, jax.lax.Precision | jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset)
+        or (isinstance(precision, str) and precision in names)
+        or (one_for_each and all(isinstance(each, jax.lax.Precision) or each in _PRECISIONS for each in precision))
+    ):
+        raise ValueError(
+            f'{type(model).__name__}: precision={precision!r} is not to be had: it is None, {", ".join(_PRECISIONS)}, '
+            'two of these, or the name of a jax.lax.DotAlgorithmPreset.'
+        )

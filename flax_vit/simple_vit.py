@@ -5,7 +5,6 @@ is `transformer/layers_3_1/net_1/kernel` here.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -15,10 +14,10 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float, Float32, Shaped
 
+from flax_vit import layers
 from flax_vit.layers import (
     Identity,
     Layer,
-    Transformer,
     check_divisible,
     check_options,
     check_sizes,
@@ -109,6 +108,20 @@ class Attention(Layer):
         return product('bhij,bhjd->bhid', attn, v, precision=self.precision)
 
 
+class Transformer(layers.Transformer):
+    @nn.nowrap
+    def block(self) -> list[nn.Module]:
+        attention = Attention(
+            dim=self.dim,
+            heads=self.heads,
+            dim_head=self.dim_head,
+            query_chunk_size=self.query_chunk_size,
+            **self.numerics,
+            parent=None,
+        )
+        return [attention, FeedForward(dim=self.dim, hidden_dim=self.mlp_dim, **self.numerics, parent=None)]
+
+
 class SimpleViT(Layer):
     """A vision transformer with a fixed sincos position table, mean pooling and a linear head; it has no dropout.
 
@@ -174,16 +187,12 @@ class SimpleViT(Layer):
             [cut, self.layer_norm(), projection, self.layer_norm()] if self.patch_norm else [cut, projection]
         )
         self.transformer = Transformer(
-            attention=partial(
-                Attention,
-                dim=self.dim,
-                heads=self.heads,
-                dim_head=self.dim_head,
-                query_chunk_size=self.query_chunk_size,
-                **self.numerics,
-            ),
-            feed_forward=partial(FeedForward, dim=self.dim, hidden_dim=self.mlp_dim, **self.numerics),
+            dim=self.dim,
             depth=self.depth,
+            heads=self.heads,
+            dim_head=self.dim_head,
+            mlp_dim=self.mlp_dim,
+            query_chunk_size=self.query_chunk_size,
             final_norm=not self.norm_after_mean,
             remat=self.remat,
             scan_layers=self.scan_layers,

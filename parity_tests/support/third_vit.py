@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -14,9 +13,9 @@ from jaxtyping import Float, Shaped
 from vit_pytorch import simple_vit
 
 from convert.architectures.architecture import Architecture, AttentionMap, Axis, Layout
-from flax_vit.layers import Identity, Layer, Transformer, add, pair, sequential, to_patches
+from flax_vit.layers import Identity, Layer, add, pair, sequential, to_patches
 from flax_vit.sharding import laid_out_by_the_compiler
-from flax_vit.simple_vit import Attention, FeedForward
+from flax_vit.simple_vit import Transformer
 
 
 class TorchThirdViT(torch.nn.Module):
@@ -73,14 +72,9 @@ class ThirdViT(Layer):
         self.to_patch_embedding = [cut, self.layer_norm(), projection, self.layer_norm()]
         shape = 1, tokens, self.dim
         self.pos_embedding = self.param('pos_embedding', nn.initializers.normal(1.0), shape, self.param_dtype)
-        attention = partial(
-            Attention, dim=self.dim, heads=self.heads, dim_head=self.dim_head,
-            query_chunk_size=self.query_chunk_size, **self.numerics,
-        )  # fmt: skip
         self.transformer = Transformer(
-            attention=attention,
-            feed_forward=partial(FeedForward, dim=self.dim, hidden_dim=self.mlp_dim, **self.numerics),
-            depth=self.depth, final_norm=True, remat=self.remat, scan_layers=self.scan_layers, **self.numerics,
+            dim=self.dim, depth=self.depth, heads=self.heads, dim_head=self.dim_head, mlp_dim=self.mlp_dim,
+            query_chunk_size=self.query_chunk_size, remat=self.remat, scan_layers=self.scan_layers, **self.numerics,
         )  # fmt: skip
         self.to_latent = Identity()
         if self.num_classes:
