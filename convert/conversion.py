@@ -63,7 +63,8 @@ class Inspection:
     @property
     def plan(self) -> list[tuple[str, Leaf]]:
         """Every tensor's name in the source, and how it becomes a parameter."""
-        rules = leaves(self.layout, self.unwrapped.fit.depth, head=self.fields['num_classes'].value != 0)
+        headless = 'num_classes' in self.fields and self.fields['num_classes'].value == 0
+        rules = leaves(self.layout, self.unwrapped.fit.depth, head=not headless)
         return [(name, rules[name][0]) for name in self.tensors]
 
     @property
@@ -88,13 +89,14 @@ class Inspection:
             raise ConversionError(str(error)) from error
 
 
-def inspect(source: Any, *, key: str | None = None, **overrides: Any) -> Inspection:
+def inspect(source: Any, *, key: str | None = None, part: str | None = None, **overrides: Any) -> Inspection:
     """What `source` is: its layout, its fields, what is left aside. Nothing is converted; unknown fields are allowed.
 
     Args:
         source: A path, a state dict (of torch tensors or arrays, or whatever a trainer wrapped it in), or a live
             torch.nn.Module.
         key: Which of several models in the source, by its address: 'ema.model'.
+        part: 'transformer' for the Transformer alone, whatever the rest of the model is.
         **overrides: Fields of the Flax model. What the weights tell otherwise, they can't be.
 
     Returns:
@@ -105,6 +107,8 @@ def inspect(source: Any, *, key: str | None = None, **overrides: Any) -> Inspect
             weights.
         FileNotFoundError: When the path is not there.
     """
+    if part not in (None, 'transformer'):
+        raise ConversionError(f"part must be 'transformer', or left out for a whole model, not {part!r}.")
     known: Mapping[str, Any] = {}
     files: tuple[Path, ...] = ()
     read = None
@@ -121,7 +125,7 @@ def inspect(source: Any, *, key: str | None = None, **overrides: Any) -> Inspect
             f'This is the class {source.__name__}, not a model of it: build one, load its weights, and pass that.'
         )
     elif live_module.is_module(source):
-        inner = live_module.unwrapped(source)
+        inner = live_module.unwrapped(source, part)
         name, form, tree = class_name(inner), 'live module', arrays(inner.state_dict())
         known = live_module.known_fields(inner)
     elif isinstance(source, Mapping):
@@ -131,7 +135,7 @@ def inspect(source: Any, *, key: str | None = None, **overrides: Any) -> Inspect
     if 'param_dtype' in overrides:
         overrides['param_dtype'] = floating_dtype(overrides['param_dtype'])
     num_classes = overrides.get('num_classes', known.get('num_classes'))
-    found = unwrap(tree, key=key, head=num_classes != 0)
+    found = unwrap(tree, key=key, part=part, head=num_classes != 0)
     check_dtypes(found.tensors)
     fields = resolve(found.fit, overrides, known)
     if any(field.how in {'unknown', 'assumed'} for field in fields.values()):
@@ -148,6 +152,7 @@ def from_torch(
     source: Any,
     *,
     key: str | None = None,
+    part: str | None = None,
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     **overrides: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -158,6 +163,8 @@ def from_torch(
     Args:
         source: A path, a state dict or a live torch.nn.Module, as of `inspect`.
         key: Which of several models in the source, by its address.
+        part: 'transformer' for the Transformer alone, whatever the rest of the model is: a module that takes tokens
+            (batch, tokens, dim) and gives tokens.
         track: Wraps the loop over the parameters, to show progress.
         **overrides: Fields of the Flax model that the weights don't tell (image_size, heads, ...); `param_dtype`
             casts.
@@ -170,7 +177,7 @@ def from_torch(
         ConversionError: As of `inspect`; and when a field is known from nowhere, naming the argument that tells it.
         FileNotFoundError: When the path is not there.
     """
-    inspection = inspect(source, key=key, **overrides)
+    inspection = inspect(source, key=key, part=part, **overrides)
     model = inspection.model
     for message in notes(inspection):
         warnings.warn(message, ConversionWarning, stacklevel=2)

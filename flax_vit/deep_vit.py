@@ -6,7 +6,6 @@ is `transformer/layers_3_1/net_4/kernel` here.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from numbers import Real
 from typing import ClassVar
 
 import jax
@@ -26,6 +25,7 @@ from flax_vit.layers import (
     at_least_float32,
     check_divisible,
     check_options,
+    check_rates,
     check_sizes,
     gelu,
     in_query_chunks,
@@ -145,6 +145,14 @@ def mean_over_heads(maps: Float[Array, 'batch heads i j']) -> Float[Array, 'batc
 
 
 class Transformer(layers.Transformer):
+    """DeepViT's, of tokens (batch, tokens, dim)."""
+
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_rates(self, 'dropout')
+        super().__post_init__()
+
     @nn.nowrap
     def block(self) -> list[nn.Module]:
         attention = Attention(
@@ -170,6 +178,7 @@ class DeepViT(Layer):
     """
 
     HEAD: ClassVar[str] = 'mlp_head'
+    TRANSFORMER: ClassVar[type[nn.Module]] = Transformer
     POSITIONS: ClassVar[str | None] = 'pos_embedding'
     # The modules of an attention that put out its maps; a dropout at rest puts out what it gets, the softmax.
     MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attention_dropout', 'reattention': 'reattn_norm_1'}
@@ -198,9 +207,7 @@ class DeepViT(Layer):
         check_divisible(self, (self.image_size, self.image_size), (self.patch_size, self.patch_size))
         if self.pool not in ('cls', 'mean'):
             raise ValueError(f"DeepViT: pool must be 'cls' (class token) or 'mean' (of tokens), not {self.pool!r}.")
-        for name in ('dropout', 'emb_dropout'):
-            if not isinstance(getattr(self, name), Real) or not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f'DeepViT: {name} must be a rate from 0 to 1, not {getattr(self, name)!r}.')
+        check_rates(self, 'dropout', 'emb_dropout')
         check_options(self)
         super().__post_init__()
 
@@ -228,7 +235,14 @@ class DeepViT(Layer):
         self.pos_embedding = self.param('pos_embedding', normal, (1, num_patches + 1, self.dim), self.param_dtype)
         self.cls_token = self.param('cls_token', normal, (1, 1, self.dim), self.param_dtype)
         self.embedding_dropout = nn.Dropout(self.emb_dropout)
-        self.transformer = Transformer(
+        self.transformer = self.transformer_alone()
+        self.to_latent = Identity()
+        self.mlp_head = [self.layer_norm(), self.linear(self.dim, self.num_classes)] if self.num_classes else []
+
+    @nn.nowrap
+    def transformer_alone(self) -> Transformer:
+        """Its Transformer, nobody's child."""
+        return Transformer(
             dim=self.dim,
             depth=self.depth,
             heads=self.heads,
@@ -240,9 +254,8 @@ class DeepViT(Layer):
             remat=self.remat,
             scan_layers=self.scan_layers,
             **self.numerics,
+            parent=None,
         )
-        self.to_latent = Identity()
-        self.mlp_head = [self.layer_norm(), self.linear(self.dim, self.num_classes)] if self.num_classes else []
 
     @laid_out_by_the_compiler
     def __call__(

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from numbers import Integral
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,8 @@ from flax import linen as nn
 from flax.typing import Dtype, Initializer, Out, PrecisionLike
 from jax import Array, random
 from jaxtyping import Float, Shaped
+
+from flax_vit.sharding import laid_out_by_the_compiler
 
 EPSILON = 1e-5  # of torch.nn.LayerNorm
 # The fields that say how a model is computed, not what.
@@ -225,22 +227,32 @@ def loops_over(x: Array) -> AbstractContextManager[None]:
 
 
 class Transformer(Layer):
-    """`Transformer` of every model: attention and feed-forward in turn, each added to its input.
+    """`Transformer` of every model: attention and feed-forward in turn, each added to its input; tokens in and out.
 
-    Its blocks are `layers_3_0` (attention) and `layers_3_1` (feed-forward), as in PyTorch; with `scan_layers` all are
-    one, `blocks/layers_0` and `blocks/layers_1`, whose parameters have a first axis more, the depth.
+    The arguments are vit-pytorch's. Its blocks are `layers_3_0` (attention) and `layers_3_1` (feed-forward), as in
+    PyTorch; with `scan_layers` all are one, `blocks/layers_0` and `blocks/layers_1`, whose parameters have a first axis
+    more, the depth.
     """
+
+    # as the models have them, see `architectures`
+    HEAD: ClassVar[str | None] = None
+    POSITIONS: ClassVar[str | None] = None
+    SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head')
 
     dim: int
     depth: int
     heads: int
     dim_head: int
     mlp_dim: int
-    dropout: float = 0.0
-    final_norm: bool = True
+    final_norm: bool = True  # a LayerNorm of each token after the last block
     query_chunk_size: int | None = None
     remat: bool = False
     scan_layers: bool = False
+
+    def __post_init__(self) -> None:
+        check_sizes(self, dim=1, depth=1, heads=1, dim_head=1, mlp_dim=1)
+        check_options(self)
+        super().__post_init__()
 
     @nn.nowrap
     def block(self) -> list[nn.Module]:
@@ -254,7 +266,18 @@ class Transformer(Layer):
             self.layers = [self.block() for _ in range(self.depth)]
         self.norm = self.layer_norm() if self.final_norm else Identity()
 
-    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+    @laid_out_by_the_compiler
+    def __call__(
+        self, tokens: Float[Array | np.ndarray, '...'], train: bool = False
+    ) -> Float[Array, 'batch tokens dim']:
+        """Tokens (batch, tokens, dim) of tokens. With `train`, dropout needs `rngs={'dropout': key}`.
+
+        Raises ValueError for tokens of another size than `dim`.
+        """
+        if tokens.ndim != 3 or tokens.shape[2] != self.dim:
+            raise ValueError(f'A Transformer takes tokens of shape (batch, tokens, {self.dim}), not {tokens.shape}.')
+        x = jnp.asarray(tokens)
+
         def run(layer: Any, x: Array) -> Array:
             return layer(x, train=train)
 
@@ -374,6 +397,14 @@ def check_sizes(model: nn.Module, *, pairs: Sequence[str] = (), **smallest: int)
         numbers = value if name in pairs and isinstance(value, tuple) and len(value) == 2 else (value,)
         if not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= least for n in numbers):
             raise ValueError(f'{type(model).__name__}: {name} must be a whole number from {least} up, not {value!r}.')
+
+
+def check_rates(model: nn.Module, *names: str) -> None:
+    """ValueError unless each named field is a rate of dropout."""
+    for name in names:
+        rate = getattr(model, name)
+        if not isinstance(rate, Real) or not 0 <= float(rate) <= 1:
+            raise ValueError(f'{type(model).__name__}: {name} must be a rate from 0 to 1, not {rate!r}.')
 
 
 def check_divisible(model: nn.Module, image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:

@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 from flax import nnx
 
-from flax_vit.architectures import MODELS
+from flax_vit.architectures import MODELS, classes
 from flax_vit.parameters import check_variables
 
 
@@ -70,6 +70,6 @@ def from_nnx(module: nnx.bridge.ToNNX) -> dict[str, Any]:
         ValueError: For another module.
     """
     inner: Any = module.to_nnx__module if isinstance(module, nnx.bridge.ToNNX) else module
-    if inner is module or not isinstance(inner, tuple(MODELS.values())):
+    if inner is module or not isinstance(inner, tuple(classes().values())):
         raise ValueError(f'from_nnx takes what to_nnx made of a {" or a ".join(MODELS)}, not a {type(inner).__name__}.')
     return {'params': nnx.to_pure_dict(nnx.state(module, nnx.Param))}

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from flax_vit.architectures import MODELS, is_ours
-from flax_vit.layers import FLOATS, pair
+from flax_vit.architectures import MODELS, classes
+from flax_vit.layers import FLOATS, Transformer, pair
 
 
 def param_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
@@ -22,9 +22,14 @@ def param_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStr
 
 @cache  # tracing a deep model takes tenths of a second, and reading a folder asks several times
 def _param_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
-    images = jax.ShapeDtypeStruct((1, *pair(model.image_size), model.channels), jnp.float32)
-    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images)['params'])
+    inputs = jax.ShapeDtypeStruct((1, *input_shape(model)), jnp.float32)
+    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), inputs)['params'])
     return MappingProxyType(shapes)
+
+
+def input_shape(model: Any) -> tuple[int, ...]:
+    """Of one image (height, width, channels), or of tokens (tokens, dim) where it is a Transformer."""
+    return (8, model.dim) if isinstance(model, Transformer) else (*pair(model.image_size), model.channels)
 
 
 def saved_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -35,7 +40,7 @@ def saved_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
     """ValueError unless these are the variables of the model: the names, the shapes."""
     name = type(model).__name__
-    if not is_ours(model):
+    if type(model) not in classes().values():
         raise ValueError(f'The model must be a {" or a ".join(MODELS)}, not a {name}.')
     if not isinstance(variables, Mapping) or set(variables) != {'params'}:
         found = f'a dict of {sorted(variables)}' if isinstance(variables, Mapping) else f'a {type(variables).__name__}'

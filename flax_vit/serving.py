@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array, export
 from jaxtyping import Float
 
+from flax_vit.architectures import is_ours
 from flax_vit.folders.config import appearing_whole
 from flax_vit.layers import pair
 from flax_vit.parameters import check_variables
@@ -59,6 +60,8 @@ def export_serving(
     if strangers or not platforms:
         raise ValueError(f'platforms must be some of {", ".join(PLATFORMS)}, not {", ".join(strangers) or "none"}.')
     check_variables(model, variables)
+    if not is_ours(model):
+        raise ValueError('A Transformer alone is no program of images: export the model that you build of it.')
     weights = {'/'.join(path): np.asarray(array) for path, array in flatten_dict(variables).items()}
     wide = [name for name, array in weights.items() if array.dtype == np.float64]
     if wide:

@@ -109,6 +109,8 @@ class Attention(Layer):
 
 
 class Transformer(layers.Transformer):
+    """SimpleViT's, of tokens (batch, tokens, dim); it has no dropout."""
+
     @nn.nowrap
     def block(self) -> list[nn.Module]:
         attention = Attention(
@@ -130,6 +132,7 @@ class SimpleViT(Layer):
     """
 
     HEAD: ClassVar[str] = 'linear_head'
+    TRANSFORMER: ClassVar[type[nn.Module]] = Transformer
     POSITIONS: ClassVar[str | None] = None  # the parameter; here they are computed
     MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head')  # fields that make other functions of them
@@ -186,22 +189,28 @@ class SimpleViT(Layer):
         self.to_patch_embedding = (
             [cut, self.layer_norm(), projection, self.layer_norm()] if self.patch_norm else [cut, projection]
         )
-        self.transformer = Transformer(
+        self.transformer = self.transformer_alone()
+        self.to_latent = Identity()
+        if self.num_classes:
+            head = self.linear(self.dim, self.num_classes)
+            self.linear_head: Any = [self.layer_norm(), head] if self.norm_after_mean else head
+
+    @nn.nowrap
+    def transformer_alone(self) -> Transformer:
+        """Its Transformer, nobody's child."""
+        return Transformer(
             dim=self.dim,
             depth=self.depth,
             heads=self.heads,
             dim_head=self.dim_head,
             mlp_dim=self.mlp_dim,
-            query_chunk_size=self.query_chunk_size,
             final_norm=not self.norm_after_mean,
+            query_chunk_size=self.query_chunk_size,
             remat=self.remat,
             scan_layers=self.scan_layers,
             **self.numerics,
+            parent=None,
         )
-        self.to_latent = Identity()
-        if self.num_classes:
-            head = self.linear(self.dim, self.num_classes)
-            self.linear_head: Any = [self.layer_norm(), head] if self.norm_after_mean else head
 
     @laid_out_by_the_compiler
     def __call__(

@@ -3,11 +3,14 @@
 A new one is a file here and its line in ARCHITECTURES.
 """
 
+from functools import cache
+
 from flax import linen as nn
 
 from convert.architectures.architecture import Architecture, Layout
 from convert.architectures.deep_vit import DeepViTArchitecture
 from convert.architectures.simple_vit import SimpleViTArchitecture
+from convert.architectures.transformer import TransformerArchitecture
 from convert.errors import ConversionError
 
 ARCHITECTURES: list[Architecture] = [SimpleViTArchitecture(), DeepViTArchitecture()]
@@ -16,16 +19,25 @@ ARCHITECTURES: list[Architecture] = [SimpleViTArchitecture(), DeepViTArchitectur
 def architecture_of(model: nn.Module | type[nn.Module]) -> Architecture:
     """The record of a model, or of its class. Raises ConversionError when it is none of them."""
     model_class = model if isinstance(model, type) else type(model)
-    for architecture in ARCHITECTURES:
+    for architecture in (*ARCHITECTURES, *transformers()):
         if architecture.model is model_class:
             return architecture
     name = model_class.__name__
     raise ConversionError(f'A {name} is no {model_names()} of flax_vit: there is no PyTorch model of it.')
 
 
-def all_layouts() -> list[Layout]:
-    """Those of all architectures."""
-    return [layout for architecture in ARCHITECTURES for layout in architecture.layouts]
+def transformers() -> list[Architecture]:
+    """The Transformers of the architectures, by themselves."""
+    return [_transformer(whole) for whole in ARCHITECTURES if hasattr(whole.model, 'TRANSFORMER')]
+
+
+_transformer = cache(TransformerArchitecture)
+
+
+def layouts_of_all(part: str | None = None) -> tuple[Layout, ...]:
+    """The layouts of all architectures, or of their Transformers where `part` is 'transformer'."""
+    architectures = ARCHITECTURES if part is None else transformers()
+    return tuple(layout for architecture in architectures for layout in architecture.layouts)
 
 
 def model_names() -> str:

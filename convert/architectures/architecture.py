@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 from flax import linen as nn
@@ -15,7 +15,7 @@ from convert.errors import ConversionError
 from flax_vit.layers import grid_of, pair
 
 IDENTITY = 'torch.nn.modules.linear.Identity'
-_NUMBER = re.compile(r'(?<=\.layers\.|encoder_)\d+(?=\.)')  # of a block, in a parameter's name
+_NUMBER = re.compile(r'(?:(?<=\blayers\.)|(?<=encoder_))\d+(?=\.)')  # of a block, in a parameter's name
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,18 @@ class Architecture:
     attention and feed-forward in turn, behind `to_patch_embedding`.
     """
 
-    model: ClassVar[Any]  # the Flax model's class
-    torch_classes: ClassVar[tuple[str, ...]]  # those that compute it; a port is compared with the first
-    layouts: ClassVar[tuple[Layout, ...]]  # the newest of each function first: it is the one that `to_torch` writes
-    axes: ClassVar[tuple[Axis, ...]] = (  # what those of the parameters hold
+    model: Any  # the Flax model's class
+    torch_classes: tuple[str, ...]  # those that compute it; a port is compared with the first
+    torch_arguments: Mapping[str, int] = {  # of a small one
+        'image_size': 2,
+        'patch_size': 1,
+        'num_classes': 1,
+        'dim': 8,
+        'heads': 2,
+        'mlp_dim': 1,
+    }
+    layouts: tuple[Layout, ...]  # the newest of each function first: it is the one that `to_torch` writes
+    axes: tuple[Axis, ...] = (  # what those of the parameters hold
         Axis('1'),
         Axis('channels x patch area'),
         Axis('dim'),
@@ -117,7 +125,7 @@ class Architecture:
         Axis('heads x dim_head', factor=3),
     )
     # A small model in which no two axes are alike, as a test holds, so that a size tells what an axis holds.
-    probe: ClassVar[Mapping[str, Any]] = {
+    probe: Mapping[str, Any] = {
         'image_size': 10,
         'patch_size': 2,
         'channels': 3,
@@ -127,9 +135,9 @@ class Architecture:
         'heads': 7,
         'dim_head': 11,
     }
-    assumed: ClassVar[frozenset[str]] = frozenset()  # fields that no weights tell, and vit-pytorch has a default for
-    attention_maps: ClassVar[tuple[AttentionMap, ...]] = ()
-    way: ClassVar[type[Way] | None] = None  # its parts in numpy, to tell causes; None: no cause is known
+    assumed: frozenset[str] = frozenset()  # fields that no weights tell, and vit-pytorch has a default for
+    attention_maps: tuple[AttentionMap, ...] = ()
+    way: type[Way] | None = None  # its parts in numpy, to tell causes; None: no cause is known
 
     @property
     def release_fields(self) -> frozenset[str]:
@@ -218,8 +226,8 @@ class Architecture:
         yield from ()
 
 
-def heads_of(fields: Mapping[str, Field], inner_dim: int, default: int) -> dict[str, Field]:
-    """Heads and dim_head, of which the weights hold the product."""
+def heads_of(fields: Mapping[str, Field], inner_dim: int, default: int | None) -> dict[str, Field]:
+    """Heads and dim_head, of which the weights hold the product; `default` is dim_head's."""
     heads, dim_head = fields.get('heads'), fields.get('dim_head')
     arithmetic = f'to_qkv holds 3 x {inner_dim}, that is 3 x heads x dim_head'
     if heads and dim_head:
@@ -231,14 +239,15 @@ def heads_of(fields: Mapping[str, Field], inner_dim: int, default: int) -> dict[
             if inner_dim % known.value:
                 raise ConversionError(f'{name}={known.value} does not divide {inner_dim}: {arithmetic}.')
             return {other: Field(inner_dim // known.value, 'inferred', f'{inner_dim} / {name} {known.value}')}
-    if inner_dim % default == 0:
+    if default and inner_dim % default == 0:
         why = f"{arithmetic}; dim_head {default} is vit-pytorch's default"
         return {
             'dim_head': Field(default, 'assumed', why),
             'heads': Field(inner_dim // default, 'assumed', why),
         }
     choices = ', '.join(f'heads={n} if dim_head is {inner_dim // n}' for n in range(1, 33) if inner_dim % n == 0)
-    why = f"{arithmetic}, and vit-pytorch's default dim_head {default} does not divide it: {choices}"
+    other = f", and vit-pytorch's default dim_head {default} does not divide it" if default else ''
+    why = f'{arithmetic}{other}: {choices}'
     return {'heads': Field(None, 'unknown', why), 'dim_head': Field(None, 'unknown')}
 
 

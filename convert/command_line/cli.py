@@ -50,6 +50,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What the weights may not tell."""
     options = [
         click.option('--key', help='Which of several models in the file: the address that the error message lists.'),
+        click.option('--part', type=click.Choice(['transformer']), help='Only that, whatever the rest is.'),
         click.option('--image-size', callback=size, help='As in training: 224, or 224x160 (height x width).'),
         click.option('--patch-size', callback=size, help='As in training: 16, or 16x8.'),
         click.option('--heads', type=click.IntRange(1), help='Attention heads (SimpleViT: not in the weights).'),

@@ -34,7 +34,7 @@ from convert.proof.saved_outputs import Comparison
 from flax_vit import export_serving, from_pretrained, save_pretrained
 from flax_vit.folders.config import read_config
 
-FIELDS = frozenset({'key', 'image_size', 'patch_size', 'heads', 'dim_head', 'pool', 'dropout', 'emb_dropout'})
+FIELDS = frozenset({'key', 'part', 'image_size', 'patch_size', 'heads', 'dim_head', 'pool', 'dropout', 'emb_dropout'})
 FIELDS |= {'channels', 'num_classes'}
 RUN = frozenset({'images', 'count', 'seed', 'dtype', 'gradients', 'page'})
 

@@ -21,6 +21,8 @@ def load_images(folder: Path, model: nn.Module, count: int) -> np.ndarray:
         from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise ConversionError("Reading images needs Pillow: pip install 'flax-vit[images]'.") from error
+    if not hasattr(model, 'channels'):
+        raise ConversionError('A Transformer takes tokens, no images: without --images they are random ones.')
     if model.channels not in MODES:
         raise ConversionError(f'Image files have 1, 3 or 4 channels; this model takes {model.channels}.')
     if not folder.is_dir():

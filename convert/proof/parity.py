@@ -19,8 +19,8 @@ from convert.proof.flax_side import FlaxSide
 from convert.proof.measure import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, SMALLEST, Row, Sides, compare, moved, settled
 from convert.proof.torch_side import TorchSide
 from convert.recognition.names import differences, leaf
-from flax_vit.layers import floating_dtype, pair
-from flax_vit.parameters import check_variables
+from flax_vit.layers import floating_dtype
+from flax_vit.parameters import check_variables, input_shape
 from flax_vit.stacking import unstack_layers
 
 
@@ -108,6 +108,7 @@ def verify(
     gradients: bool = False,
     attention: bool = False,
     key: str | None = None,
+    part: str | None = None,
     **overrides: Any,
 ) -> Report:
     """Run vit-pytorch's module and the Flax model on the same images, in float64 and in `dtype`; compare every block.
@@ -126,6 +127,7 @@ def verify(
         gradients: Whether those of every parameter are compared, too.
         attention: Whether to keep the attention maps of the image whose logits differ most.
         key: Which of several models in the source, by its address.
+        part: 'transformer' for the Transformer alone; it takes tokens (batch, tokens, dim) for images.
         **overrides: Fields of the Flax model that the weights don't tell.
 
     Returns:
@@ -137,9 +139,9 @@ def verify(
     """
     dtype = floating_dtype('dtype', dtype).name
     if converted:
-        inspection = with_shared_fields(source, converted[0], key=key, **overrides)
+        inspection = with_shared_fields(source, converted[0], key=key, part=part, **overrides)
     else:
-        inspection = inspect(source, key=key, **overrides)
+        inspection = inspect(source, key=key, part=part, **overrides)
     random = np.random.default_rng(seed)
     given = images is not None
     with jax.enable_x64(True):
@@ -150,12 +152,11 @@ def verify(
         if given:
             images = channels_last(model, variables, images)
         else:
-            shape = (count, *pair(inspection.model.image_size), inspection.model.channels)
-            images = random.standard_normal(shape, np.float32)
+            images = random.standard_normal((count, *input_shape(inspection.model)), np.float32)
         parts = labels(inspection.model)
         torch, flax = TorchSide(inspection, tensors), FlaxSide(model, variables)
-        outputs_shape = len(images), model.num_classes or model.dim
-        weights = random.standard_normal(outputs_shape) if gradients else None
+        logits = jax.eval_shape(model.apply, variables, images)
+        weights = random.standard_normal(logits.shape) if gradients else None
         outputs, rows = measured(torch, flax, parts, images, weights, dtype)
         rows, gradient_rows = rows[: len(parts)], rows[len(parts) :]
         worst = images[rows[-1].worst[0]][None]
@@ -223,17 +224,19 @@ def measured(
     return outputs, settled(rows, again)
 
 
-def with_shared_fields(source: Any, model: nn.Module, *, key: str | None, **overrides: Any) -> Inspection:
+def with_shared_fields(
+    source: Any, model: nn.Module, *, key: str | None, part: str | None, **overrides: Any
+) -> Inspection:
     """The inspection of a source, with a converted model's fields where nothing else tells them: assumed, in both.
 
     Raises ConversionError when the model is none of this source.
     """
-    inspection = inspect(source, key=key, **overrides)
+    inspection = inspect(source, key=key, part=part, **overrides)
     ours, theirs = type(model).__name__, inspection.layout.model.__name__
     if ours != theirs:
         raise ConversionError(f'The converted model is a {ours}, but {inspection.source} holds a {theirs}.')
     shared = {name for name, field in inspection.fields.items() if field.how in {'unknown', 'assumed'}}
-    inspection = inspect(source, key=key, **overrides, **{name: getattr(model, name) for name in shared})
+    inspection = inspect(source, key=key, part=part, **overrides, **{name: getattr(model, name) for name in shared})
     fields = {
         name: Field(field.value, 'assumed', 'as the converted model has it') if name in shared else field
         for name, field in inspection.fields.items()
@@ -257,7 +260,7 @@ def tensors_as_converted(
     tensors = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}
     theirs, common = inspection.model, [name for name in tensors if name in ours]
     misshapen = any(tensors[name].shape != ours[name].shape for name in common)
-    if misshapen or labels(model) != labels(theirs) or model.num_classes != theirs.num_classes:
+    if misshapen or labels(model) != labels(theirs):
         shapes, found = ({name: each[name].shape for name in each} for each in (tensors, ours))
         raise ConversionError(
             f'The converted model is none of {inspection.source}: is it of another file, or was it converted with '
@@ -273,15 +276,16 @@ def tensors_as_converted(
 
 
 def channels_last(model: nn.Module, variables: Mapping[str, Any], images: Any) -> np.ndarray:
-    """Images of either order of axes as (batch, height, width, channels), in float32 or float64.
+    """Images of either order of axes as (batch, height, width, channels), in float32 or float64; tokens as they are.
 
     Raises ValueError when they don't fit the model.
     """
     images = np.asarray(images)
     jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct(images.shape, images.dtype))  # raises it
-    size, channels = pair(model.image_size), model.channels
+    shape = input_shape(model)
+    size, channels = shape[:-1], shape[-1]
     turned = images.shape[1:3] != size and images.shape[2:4] == size  # where both orders fit, channels are last
-    if images.shape[3] != channels or (images.shape[1] == channels and turned):
+    if images.shape[-1] != channels or (images.shape[1] == channels and turned):
         images = np.moveaxis(images, 1, 3)
     # a copy: JAX's arrays can't be written to, which PyTorch warns of
     return np.array(images, np.promote_types(images.dtype, np.float32), order='C')

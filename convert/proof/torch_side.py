@@ -81,4 +81,5 @@ def torch_module(inspection: Inspection, tensors: Mapping[str, np.ndarray], dtyp
 def _to_torch(images: np.ndarray, dtype: str) -> Any:
     import torch
 
-    return torch.from_numpy(images).permute(0, 3, 1, 2).to(getattr(torch, dtype))
+    tensor = torch.from_numpy(images).to(getattr(torch, dtype))
+    return tensor.permute(0, 3, 1, 2) if images.ndim == 4 else tensor  # tokens

@@ -10,7 +10,7 @@ from functools import cache
 
 from flax import linen as nn
 
-from convert.architectures import all_layouts, architecture_of
+from convert.architectures import architecture_of
 from convert.architectures.architecture import Axis, Layout, block_number, pattern
 from convert.recognition.names import Leaf, differences, leaf
 from flax_vit.parameters import param_shapes
@@ -46,8 +46,8 @@ def template(layout: Layout, *, head: bool = True) -> dict[str, tuple[Axis, ...]
 
 @cache
 def _head(layout: Layout) -> str:
-    """The name of the module that is the head."""
-    (last,) = [name for name, axes in template(layout).items() if len(axes) == 2 and Axis('num_classes') in axes]
+    """The name of the module that is the head; '' where there is none."""
+    last = next((name for name, axes in template(layout).items() if len(axes) == 2 and Axis('num_classes') in axes), '')
     return last.partition('.')[0]
 
 
@@ -58,9 +58,9 @@ def _endings(layouts: tuple[Layout, ...]) -> tuple[frozenset[str], int]:
     return patterns, max(name.count('.') for name in patterns) + 1
 
 
-def beginnings(name: str) -> Iterator[str]:
-    """What stands before each ending of `name` that some layout has as a parameter: 'model.' of 'model.cls_token'."""
-    known, most = _endings(tuple(all_layouts()))
+def beginnings(name: str, layouts: tuple[Layout, ...]) -> Iterator[str]:
+    """What stands before each ending of `name` that a layout has as a parameter: 'model.' of 'model.cls_token'."""
+    known, most = _endings(layouts)
     parts = name.split('.')
     for position in range(max(0, len(parts) - most), len(parts)):
         ending = '.'.join(parts[position:])
@@ -142,11 +142,10 @@ def _advice(layout: Layout, expected: Set[str], different: Set[str]) -> str:
             'computes (a new head, a loss), take it out of the state dict and convert the rest.'
             f'{headless if different - extra else ""}'
         )
-    if not any(_is_part(name, 'transformer') for name in different):
+    if head and not any(_is_part(name, 'transformer') for name in different):
         return (
             f'Only the Transformer is here; of the model round it these are missing or different: '
-            f'{", ".join(sorted(strangers))}. In PyTorch, load the Transformer into the whole model that it was '
-            "trained in, and convert that model's state dict."
+            f'{", ".join(sorted(strangers))}.'
         )
     return ''
 
@@ -155,7 +154,7 @@ def _is_part(name: str, module: str) -> bool:
     return name.partition('.')[0] == module
 
 
-def best_fit(shapes: Shapes, *, head: bool = True) -> Fit:
+def best_fit(shapes: Shapes, layouts: tuple[Layout, ...], *, head: bool = True) -> Fit:
     """The layout that fits but for the head, else the one with the fewest problems."""
-    fits = [fit(layout, shapes, head=head) for layout in all_layouts()]
+    fits = [fit(layout, shapes, head=head) for layout in layouts]
     return min(fits, key=lambda fit: (not fit.body, len(fit.problems)))

@@ -4,7 +4,7 @@ import re
 import warnings
 from typing import Any
 
-from convert.architectures import ARCHITECTURES
+from convert.architectures import ARCHITECTURES, transformers
 from convert.architectures.architecture import IDENTITY, Architecture, class_name, first_attention
 from convert.errors import ConversionError, ConversionWarning
 
@@ -30,11 +30,18 @@ def is_module(source: object) -> bool:
     return hasattr(source, 'state_dict') and hasattr(source, 'named_modules')
 
 
-def unwrapped(module: Any) -> Any:
-    """The ported module inside torch's wrappers. Raises ConversionError when it, or a part of it, is another."""
+def unwrapped(module: Any, part: str | None = None) -> Any:
+    """The ported module inside torch's wrappers, or the only Transformer in the module where `part` is 'transformer'.
+
+    Raises ConversionError when it, or a part of it, is another.
+    """
     while class_name(module) in WRAPPERS:
         module = getattr(module, WRAPPERS[class_name(module)])
     known = ported()
+    if part:
+        known = {name: architecture for name, architecture in known.items() if architecture in transformers()}
+        inside = [each for each in module.modules() if class_name(each) in known]
+        module = inside[0] if len(inside) == 1 else module
     if class_name(module) not in known:
         inside = [name for name, part in module.named_modules() if class_name(part) in known]
         calls = [f'module.get_submodule({name!r})' for name in inside]
@@ -59,9 +66,9 @@ def check_parts(module: Any) -> None:
     import torch  # which is there already, as it made the module
 
     parts = dict(module.named_modules(remove_duplicate=False))
-    depth = sum(re.fullmatch(r'transformer\.layers\.\d+', name) is not None for name in parts)
+    depth = sum(re.fullmatch(r'(transformer\.)?layers\.\d+', name) is not None for name in parts)
     with torch.device('meta'):  # it takes no memory, and no numbers from the random generator
-        new = type(module)(image_size=2, patch_size=1, num_classes=1, dim=8, depth=depth, heads=2, mlp_dim=1)
+        new = type(module)(depth=depth, **architecture_of_module(module).torch_arguments)
     expected = {name: signature(part) for name, part in new.named_modules(remove_duplicate=False)}
     found = {name: signature(part) for name, part in parts.items()}
     head = architecture_of_module(module).model.HEAD
@@ -109,7 +116,9 @@ def known_fields(module: Any) -> dict[str, Any]:
 
 def ported() -> dict[str, Architecture]:
     """The torch classes that are converted, by their full names."""
-    return {name: architecture for architecture in ARCHITECTURES for name in architecture.torch_classes}
+    return {
+        name: architecture for architecture in (*ARCHITECTURES, *transformers()) for name in architecture.torch_classes
+    }
 
 
 def architecture_of_module(module: Any) -> Architecture:

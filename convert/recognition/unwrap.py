@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert.architectures import model_names
+from convert.architectures import layouts_of_all, model_names
+from convert.architectures.architecture import Layout
 from convert.errors import ConversionError
 from convert.files.checkpoint import Foreign
 from convert.recognition.layouts import Fit, beginnings, best_fit
@@ -72,14 +73,16 @@ class Unwrapped:
     left_aside: Mapping[str, str]  # group -> what it holds
 
 
-def unwrap(tree: Any, *, key: str | None = None, head: bool = True) -> Unwrapped:
+def unwrap(tree: Any, *, key: str | None = None, part: str | None = None, head: bool = True) -> Unwrapped:
     """The only model in `tree`, or the one at the address `key` or inside it; without its head if `head` is False.
+
+    With `part` 'transformer' it is the only Transformer; it need not be said where there is nothing else.
 
     Raises ConversionError when there is none, when several differ, or when the best is incomplete or has a name that
     no layout explains.
     """
     leaves = list(walk(tree))
-    found = candidates(leaves, key, head=head)
+    found = candidates(leaves, key, layouts_of_all(part), head=head)
     if key is not None:
         chosen = [candidate for candidate in found if _is_at(candidate.place, key)]
         chosen = [candidate for candidate in chosen if candidate.place.key == key] or chosen
@@ -89,6 +92,19 @@ def unwrap(tree: Any, *, key: str | None = None, head: bool = True) -> Unwrapped
     different = distinct(candidate for candidate in found if not candidate.fit.problems)
     if len(different) > 1:
         raise ConversionError(f'There are several different models here; choose one. {_list(different)}')
+    if not different and part is None:
+        alone = distinct(
+            candidate
+            for candidate in candidates(leaves, key, layouts_of_all('transformer'), head=head)
+            if not candidate.fit.problems
+        )
+        if len(alone) == 1 and not left_aside(leaves, alone[0]):
+            different = alone
+        elif alone:
+            raise ConversionError(
+                f"{refusal(leaves, found)}\nA Transformer is complete here: part='transformer' converts it alone, a "
+                f'module of tokens (batch, tokens, dim). {_list(alone)}'
+            )
     if not different:
         raise ConversionError(refusal(leaves, found))
     model = different[0]
@@ -114,8 +130,8 @@ def walk(tree: Any) -> Iterator[Item]:
             stack += reversed([((*path, str(name)), child, (*parents, id(node))) for name, child in children])
 
 
-def candidates(leaves: Iterable[Item], key: str | None, *, head: bool) -> list[Candidate]:
-    """What is found where tensors have names that some layout knows, after a beginning of any length.
+def candidates(leaves: Iterable[Item], key: str | None, layouts: tuple[Layout, ...], *, head: bool) -> list[Candidate]:
+    """What is found where tensors have names that one of the layouts knows, after a beginning of any length.
 
     A complete model among the names of another (an average that a model keeps of itself) is none of the other's.
     Raises ConversionError when two tensors have one name.
@@ -130,7 +146,7 @@ def candidates(leaves: Iterable[Item], key: str | None, *, head: bool) -> list[C
         Place(container, beginning)
         for container, state_dict in state_dicts.items()
         for name in state_dict
-        for beginning in beginnings(name)
+        for beginning in beginnings(name, layouts)
     )
     likeliest = sorted(known, key=lambda place: (key is None or not _is_at(place, key), -known[place]))[:MOST_PLACES]
     found: list[Candidate] = []
@@ -146,7 +162,7 @@ def candidates(leaves: Iterable[Item], key: str | None, *, head: bool) -> list[C
             if name.startswith(place.beginning) and not name.startswith(inside)
         }
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        found.append(Candidate(place, tensors, best_fit(shapes, head=head)))
+        found.append(Candidate(place, tensors, best_fit(shapes, layouts, head=head)))
     return found
 
 

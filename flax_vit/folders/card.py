@@ -10,7 +10,7 @@ USE = """```python
 import flax_vit
 
 model, variables = flax_vit.from_pretrained('{name}')
-outputs = model.apply(variables, images)  # {inputs} -> {outputs}
+outputs = model.apply(variables, {images})  # {inputs} -> {outputs}
 ```"""
 
 
@@ -20,15 +20,17 @@ def card(config: Mapping[str, Any], name: str = FOLDER) -> str:
     `name` is what `from_pretrained` takes.
     """
     fields = config['fields']
-    size = fields['image_size']
-    height, width = size if isinstance(size, list) else (size, size)
-    classes = fields['num_classes']
+    classes = fields.get('num_classes')
     task = 'pipeline_tag: image-classification' if classes else 'pipeline_tag: image-feature-extraction'
-    use = USE.format(
-        name=name,
-        inputs=f'floats (batch, {height}, {width}, {fields["channels"]})',
-        outputs=f'logits (batch, {classes})' if classes else f'features (batch, {fields["dim"]})',
-    )
+    if 'image_size' in fields:
+        size = fields['image_size']
+        height, width = size if isinstance(size, list) else (size, size)
+        images, inputs = 'images', f'floats (batch, {height}, {width}, {fields["channels"]})'
+        outputs = f'logits (batch, {classes})' if classes else f'features (batch, {fields["dim"]})'
+    else:  # a Transformer alone
+        images, inputs = 'tokens', f'floats (batch, tokens, {fields["dim"]})'
+        outputs = inputs
+    use = USE.format(name=name, images=images, inputs=inputs, outputs=outputs)
     parts = [
         '---\n' + '\n'.join(['library_name: flax_vit', task, 'tags:', '- flax', '- jax', '- vit-pytorch']) + '\n---',
         f'# {config["model"]}',

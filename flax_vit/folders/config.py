@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from flax_vit.architectures import MODELS, field_names
+from flax_vit.architectures import classes, field_names
 
 if sys.platform != 'win32':
     import fcntl
@@ -73,12 +73,13 @@ def new_config(model: nn.Module, source: Any) -> dict[str, Any]:
         source = json.loads(json.dumps(source, ensure_ascii=False, allow_nan=False).encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f'source must be JSON (dicts, lists, strings and numbers in UTF-8): {error}.') from error
-    return {'format': FORMAT, 'model': type(model).__name__, 'fields': saved, 'weights': [], 'source': source}
+    (name,) = [name for name, model_class in classes().items() if model_class is type(model)]
+    return {'format': FORMAT, 'model': name, 'fields': saved, 'weights': [], 'source': source}
 
 
 def model_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> nn.Module:
     """The model of a configuration, with other values for some fields. ValueError for what is no field of it."""
-    model_class = MODELS[config['model']]
+    model_class = classes()[config['model']]
     names = field_names(model_class)
     for name in overrides or {}:
         if name not in names:

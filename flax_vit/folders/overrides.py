@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 
 from flax_vit.layers import pair
+from flax_vit.parameters import input_shape
 
 CUT = {'patch_size', 'channels'}  # what the first matrix's rows are; others may happen to fit its shape
 
@@ -93,7 +94,7 @@ def resize_positions(table: np.ndarray, old: tuple[int, int], new: tuple[int, in
 
 def initial(model: nn.Module, paths: Collection[str], key: Array, shardings: Mapping[str, Any]) -> dict[str, Array]:
     """The parameters at these paths as `model.init(key, …)` gives them; of the others, none is computed."""
-    images = jnp.zeros((1, *pair(model.image_size), model.channels))
+    images = jnp.zeros((1, *input_shape(model)))
 
     def init(key: Array) -> dict[str, Array]:
         flat = {'/'.join(path): array for path, array in flatten_dict(model.init(key, images)).items()}

@@ -158,6 +158,8 @@ def test_a_damaged_folder_is_not_published(tmp_path: pathlib.Path) -> None:
 
 
 def test_what_is_neither_a_folder_nor_a_name(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / 'empty').mkdir()
+    monkeypatch.chdir(tmp_path / 'empty')
     for name in ('vit', '/no/such/vit', 'a/b/c', '../vit', './vit', 'vit/'):
         with pytest.raises(FileNotFoundError, match='neither a folder here nor a name on the Hugging Face Hub'):
             from_pretrained(name)

@@ -13,7 +13,7 @@ from flax import linen as nn
 
 import convert
 from convert import ConversionError
-from convert.architectures import ARCHITECTURES, all_layouts
+from convert.architectures import ARCHITECTURES, layouts_of_all
 from convert.architectures.architecture import Architecture, Layout
 from convert.proof.torch_side import TorchSide
 from convert.recognition.layouts import leaves, template
@@ -132,7 +132,7 @@ def test_to_torch_writes_the_newest_layout_or_the_one_asked_for(name: str) -> No
     able = ABLE[layout_of(name)]
     newest = convert.to_torch(model, variables)
     assert convert.inspect(newest, **fields_of(name)).layout.id == able[0]
-    for layout in (row.id for row in all_layouts()):
+    for layout in (row.id for row in layouts_of_all()):
         if layout not in able:
             with pytest.raises(ConversionError, match=f'layout={layout!r} does not compute.*{able[0]}'):
                 convert.to_torch(model, variables, layout=layout)
@@ -163,7 +163,7 @@ def test_an_unknown_layout_is_answered_with_those_there_are() -> None:
         convert.to_torch(model, variables, layout='D9')
 
 
-@pytest.mark.parametrize('layout', all_layouts(), ids=lambda layout: layout.id)
+@pytest.mark.parametrize('layout', layouts_of_all(), ids=lambda layout: layout.id)
 def test_renaming_goes_both_ways(layout: Layout) -> None:
     """Also in models of more than ten blocks, where a number has two digits."""
     theirs = leaves(layout, depth=12)
@@ -184,8 +184,8 @@ def test_a_missing_block_is_said_and_not_skipped() -> None:
 
 
 def test_every_layout_has_a_golden_file_and_fields_of_its_model() -> None:
-    assert {layout_of(name) for name in CONVERTED} == {layout.id for layout in all_layouts()}
-    assert {layout.model for layout in all_layouts()} == {SimpleViT, DeepViT}
+    assert {layout_of(name) for name in CONVERTED} == {layout.id for layout in layouts_of_all()}
+    assert {layout.model for layout in layouts_of_all()} == {SimpleViT, DeepViT}
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES, ids=lambda architecture: architecture.model.__name__)

@@ -18,6 +18,7 @@ import vit_pytorch
 
 import convert
 from convert import ConversionError, inspect
+from convert.architectures import layouts_of_all
 from convert.recognition.layouts import best_fit
 from convert.recognition.live_module import ported
 from convert.recognition.relatives import RELATIVES, relative
@@ -174,7 +175,7 @@ def test_3d_flash_attention_is_told_from_simple_vit_by_what_it_lacks() -> None:
 def test_where_names_and_shapes_are_simple_vits_the_module_tells(name: str) -> None:
     """From weights alone nothing is made unless the caller says that they are of images of some size."""
     assert refusal(build(name)).startswith(f'This module is a vit_pytorch.{name}, which is none of')
-    assert not best_fit({key: tensor.shape for key, tensor in weights(name).items()}).problems
+    assert not best_fit({key: tensor.shape for key, tensor in weights(name).items()}, layouts_of_all()).problems
     with pytest.raises(ConversionError, match='image_size'):
         convert.from_torch(weights(name))
 
