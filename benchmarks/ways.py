@@ -18,12 +18,9 @@ from typing import Any
 
 import rich_click as click
 
-SIZES: dict[str, dict[str, int]] = {
-    'README': {'image_size': 256, 'patch_size': 32, 'dim': 1024, 'depth': 6, 'heads': 16, 'mlp_dim': 2048},
-    'Ti/16': {'image_size': 224, 'patch_size': 16, 'dim': 192, 'depth': 12, 'heads': 3, 'mlp_dim': 768},
-    'S/16': {'image_size': 224, 'patch_size': 16, 'dim': 384, 'depth': 12, 'heads': 6, 'mlp_dim': 1536},
-    'B/16': {'image_size': 224, 'patch_size': 16, 'dim': 768, 'depth': 12, 'heads': 12, 'mlp_dim': 3072},
-}
+from flax_vit.sizes import FIELDS
+
+SIZES = {'README': FIELDS['readme'], 'Ti/16': FIELDS['ti16'], 'S/16': FIELDS['s16'], 'B/16': FIELDS['b16']}
 CLASSES = 1000
 BURST = 0.25  # seconds of calls at a stretch
 

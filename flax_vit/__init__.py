@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flax_vit.serving import export_serving
     from flax_vit.sharding import shardings
     from flax_vit.simple_vit import SimpleViT
+    from flax_vit.sizes import named
     from flax_vit.stacking import stack_layers, unstack_layers
 else:
     __getattr__, __dir__ = lazily(
@@ -30,6 +31,7 @@ else:
             'from_pretrained': 'flax_vit.folders.pretrained',
             'from_torch': 'convert.conversion',
             'inspect': 'convert.conversion',
+            'named': 'flax_vit.sizes',
             'push_to_hub': 'flax_vit.folders.hub',
             'save_pretrained': 'flax_vit.folders.saving',
             'shardings': 'flax_vit.sharding',
@@ -53,6 +55,7 @@ __all__ = [
     'from_pretrained',
     'from_torch',
     'inspect',
+    'named',
     'push_to_hub',
     'save_pretrained',
     'shardings',

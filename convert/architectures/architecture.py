@@ -192,12 +192,16 @@ class Architecture:
         fields = {'heads': attend.heads, 'patch_size': one_or_pair((patch['p1'], patch['p2']))}
         return fields | ({'num_classes': 0} if class_name(getattr(module, self.model.HEAD)) == IDENTITY else {})
 
+    def torch_class(self) -> Any:
+        """The torch class that a port is compared with."""
+        package, _, name = self.torch_classes[0].rpartition('.')
+        return getattr(import_module(package), name)
+
     def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
         """The torch module that computes what `model` does, with random weights; `arguments` are the fields' values."""
         import torch
 
-        package, _, name = self.torch_classes[0].rpartition('.')
-        module = getattr(import_module(package), name)(**{**arguments, 'num_classes': model.num_classes or 1})
+        module = self.torch_class()(**{**arguments, 'num_classes': model.num_classes or 1})
         if not getattr(model, 'patch_norm', True):
             cut, _, linear, _ = module.to_patch_embedding
             module.to_patch_embedding = torch.nn.Sequential(cut, linear)

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from convert.architectures.architecture import Architecture, Field, Layout, first_attention, heads_of
@@ -87,8 +86,7 @@ class TransformerArchitecture(Architecture):
     def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
         import torch
 
-        package, _, name = self.torch_classes[0].rpartition('.')
-        module = getattr(import_module(package), name)(**arguments)
+        module = self.torch_class()(**arguments)
         if not model.final_norm:
             module.norm = torch.nn.Identity()
         return module

@@ -466,16 +466,17 @@ def test_a_new_head_beside_the_model(model: str) -> None:
     assert_same(inspect(body, num_classes=0).tensors, body)
 
 
-def test_a_transformer_alone() -> None:
+def test_a_transformer_in_a_model_of_ones_own() -> None:
     """As Clay has it: an encoder of its own round vit-pytorch's Transformer."""
     transformer = {name: tensor for name, tensor in module().state_dict().items() if name.startswith('transformer.')}
     clay = transformer | {'cls_token': torch.ones(1, 1, 16), 'patch_embedding.weight': torch.ones(16, 3, 4, 4)}
-    for tensors, missing in [(transformer, ''), (clay, 'cls_token, '), (clay, 'patch_embedding, ')]:
-        message = refusal({'state_dict': prefixed('model.encoder.', tensors)})
+    for stranger in ('cls_token, ', 'patch_embedding, '):
+        message = refusal({'state_dict': prefixed('model.encoder.', clay)})
         assert "The nearest is SimpleViT of vit-pytorch 1.4.1 and later at 'state_dict.model.encoder'" in message
         assert '- to_patch_embedding.2.weight 16 x channels x patch area: missing' in message
         assert 'Only the Transformer is here; of the model round it these are missing or different' in message
-        assert missing in message
+        assert stranger in message
+        assert "part='transformer' converts it alone" in message
 
 
 def test_every_unexplained_name_is_an_error() -> None:

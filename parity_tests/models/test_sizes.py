@@ -1,0 +1,41 @@
+"""Models by the names of their sizes: as many parameters as PyTorch's."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import flax_vit
+from convert.architectures import architecture_of
+from flax_vit.parameters import param_shapes
+from flax_vit.sizes import names
+
+
+def parameters(model: Any) -> int:
+    """How many numbers; one block is traced for all."""
+    return sum(math.prod(shape.shape) for shape in param_shapes(model.clone(scan_layers=True)).values())
+
+
+@pytest.mark.parametrize('name', names())
+def test_as_many_parameters_as_in_pytorch(name: str) -> None:
+    model = flax_vit.named(name)
+    fields = ('image_size', 'patch_size', 'num_classes', 'dim', 'depth', 'heads', 'mlp_dim')
+    with torch.device('meta'):
+        module = architecture_of(model).torch_class()(**{field: getattr(model, field) for field in fields})
+    assert parameters(model) == sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_known_counts() -> None:
+    """In millions, without the biases of to_qkv, which vit-pytorch has not."""
+    for size, millions in {'ti16': 5.7, 's16': 22.0, 'b16': 86.5, 'l16': 304.3}.items():
+        assert round(parameters(flax_vit.named(f'deep_vit_{size}')) / 1e6, 1) == millions
+
+
+def test_other_fields() -> None:
+    model = flax_vit.named('simple_vit_s32', num_classes=10, image_size=64, dtype='bfloat16')
+    assert (model.num_classes, model.image_size, model.patch_size, model.dim) == (10, 64, 32, 384)
+    with pytest.raises(ValueError, match="'simple_vit_s8' is no size that has a name; do you mean simple_vit_"):
+        flax_vit.named('simple_vit_s8')
+    with pytest.raises(ValueError, match=r'the names are (.*, )?deep_vit_readme, deep_vit_ti16'):
+        flax_vit.named('')
