@@ -4,21 +4,19 @@ import json
 import math
 import re
 import struct
-import zlib
 from collections.abc import Mapping
-from mmap import mmap
 from typing import Any
 
 import numpy as np
 
 from convert.errors import ConversionError
-from convert.files.torch_archive import DTYPES, Foreign
+from convert.files.dtypes import DTYPES, KINDS, native
+from convert.files.pickle_reader import Data, Foreign
+from convert.files.unpacking import unpacked
 from convert.files.zip_directory import Record, quote
 
 JSON_BYTES = 16 << 20  # the largest safetensors header or index of shards that is read: some 100,000 tensors
 HEADER_BYTES = 10_000  # the longest header of an array in an npz
-UNPACKED = 64 << 20  # what a compressed npz may always unpack to, in bytes
-UNPACKED_TIMES = 16  # ... and in times its own size
 
 
 def read_json(text: bytes) -> dict[str, Any]:
@@ -44,7 +42,7 @@ _SAFETENSORS |= {
 }
 
 
-def read_safetensors(data: mmap) -> tuple[dict[str, Any], dict[str, str]]:
+def read_safetensors(data: Data) -> tuple[dict[str, Any], dict[str, str]]:
     """The arrays by name in the header's order, and the file's `__metadata__`.
 
     The format's rules, all held: 8 bytes for the header's length, JSON, then the numbers; the tensors' places follow
@@ -82,39 +80,42 @@ def _place(name: str, entry: Any) -> tuple[int, int, np.dtype[Any], tuple[int, .
     raise ConversionError(f'safetensors that say of {quote(name)}: {quote(entry)}')
 
 
-def read_npz(data: mmap, records: Mapping[str, Record]) -> dict[str, Any]:
+def read_npz(data: Data, records: Mapping[str, Record]) -> dict[str, Any]:
     """Arrays by name; Foreign for those of strings and pickled objects, which are never read."""
-    unpacked = sum(record.size for record in records.values() if record.deflated)
-    if unpacked > max(UNPACKED, UNPACKED_TIMES * len(data)):
-        raise ConversionError(f'an npz of {len(data)} bytes that would unpack to {unpacked}: save it uncompressed')
     tree: dict[str, Any] = {}
-    for name, (start, stored, size, deflated, checksum) in records.items():
-        content = memoryview(data)[start : start + stored]
-        if deflated:
-            content = memoryview(zlib.decompressobj(-15).decompress(content, size + 1))
-            if len(content) != size or zlib.crc32(content) != checksum:
-                raise ConversionError(f'a damaged file: {quote(name)} does not unpack to what was packed')
-        magic, version = struct.unpack_from('<6sB', content)
-        (header_size,) = struct.unpack_from('<H' if version == 1 else '<L', content, 8)
-        begin = (10 if version == 1 else 12) + header_size
-        header = bytes(content[begin - min(header_size, HEADER_BYTES) : begin])
-        facts = _NPY_HEADER.fullmatch(header)
-        if magic != b'\x93NUMPY' or not facts:
-            raise ConversionError(f'{quote(name)} is no array that numpy.savez writes: {quote(header)}')
-        kind, order, sizes = (fact.decode('latin1').strip("'") for fact in facts.groups())
-        if kind not in _NPY_DTYPES:
-            tree[name.removesuffix('.npy')] = Foreign(f'numpy.ndarray of {kind}')
-            continue
-        dtype, shape = _NPY_DTYPES[kind], tuple(int(n) for n in sizes.split(',') if n.strip())
-        if begin + math.prod(shape) * dtype.itemsize != len(content):
-            raise ConversionError(f'{quote(name)} of shape {shape} and {dtype} has {len(content)} bytes')
-        tree[name.removesuffix('.npy')] = np.ndarray(
-            shape, dtype, content, begin, order='F' if order == 'True' else 'C'
-        )
+    for name, content in unpacked(data, records).items():
+        kind, order, shape, begin = _npy_header(name, content)
+        tree[name.removesuffix('.npy')] = Foreign(f'numpy.ndarray of {kind}')
+        if dtype := KINDS.get(kind[1:]):
+            if begin + math.prod(shape) * dtype.itemsize != len(content):
+                raise ConversionError(f'{quote(name)} of shape {shape} and {dtype} has {len(content)} bytes')
+            dtype = dtype.newbyteorder('>') if kind[0] == '>' else dtype
+            found = native(np.ndarray(shape, dtype, content, begin, order=order))
+            found.flags.writeable = False
+            tree[name.removesuffix('.npy')] = found
     return tree
+
+
+def objects_in_npy(data: Data) -> int | None:
+    """Where the pickle of an .npy file of objects begins; None for one of numbers."""
+    kind, _, _, begin = _npy_header('the array', memoryview(data)[: HEADER_BYTES + 12])
+    return begin if kind == '|O' else None
+
+
+def _npy_header(name: str, content: memoryview) -> tuple[str, Any, tuple[int, ...], int]:
+    """An array's kind ('<f4'), order ('C' or 'F') and shape, and where its numbers begin."""
+    magic, version = struct.unpack_from('<6sB', content)
+    (size,) = struct.unpack_from('<H' if version == 1 else '<L', content, 8)
+    begin = (10 if version == 1 else 12) + size
+    header = bytes(content[begin - min(size, HEADER_BYTES) : begin])
+    facts = _NPY_HEADER.fullmatch(header)
+    if magic != b'\x93NUMPY' or not facts:
+        raise ConversionError(f'{quote(name)} is no array that numpy writes: {quote(header)}')
+    kind, is_fortran, sizes = (fact.decode('latin1').strip("'") for fact in facts.groups())
+    shape = tuple(int(n) for n in sizes.split(',') if n.strip())
+    return kind, 'F' if is_fortran == 'True' else 'C', shape, begin
 
 
 _NPY_HEADER = re.compile(
     rb"\{'descr': (.+), 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\),? ?\}\s*"  # as numpy writes it
 )
-_NPY_DTYPES = {dtype.str: dtype for dtype in DTYPES.values() if dtype.type.__module__ == 'numpy'}

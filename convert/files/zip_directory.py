@@ -26,7 +26,7 @@ class Record(NamedTuple):
     checksum: int
 
 
-def zip_records(data: mmap) -> dict[str, Record]:
+def zip_records(data: mmap | bytes) -> dict[str, Record]:
     """Every file of a zip archive by name: none outside it, overlapping, there twice or encrypted.
 
     Raises: ConversionError, struct.error, UnicodeDecodeError.

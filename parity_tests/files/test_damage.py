@@ -3,6 +3,7 @@
 FUZZ_FILES=100000 reads that many damaged files, in place of some thousands.
 """
 
+import io
 import json
 import os
 import pickle
@@ -21,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from convert.errors import ConversionError
-from convert.files import torch_archive as torch_zip
+from convert.files import pickle_reader
 from convert.files import zip_directory as zip_file
 from convert.files.checkpoint import Foreign, read
 from parity_tests.support.fuzz import MEMORY, Executed, archive, attempt, damaged_files, safetensors_file
@@ -104,6 +105,19 @@ HOSTILE_PROGRAMS = {
     'a number called': pickled(1, b')R'),
     'items of a number': pickled(1, 'a', 'b', b's'),
     'an odd dict': pickled(b'}(', 'a', b'u'),
+    'a storage of another pickle': pickled(b'ctorch.storage\n_load_from_bytes\n', b'}\x85R'),
+    'an array longer than its bytes': pickled(
+        *(b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n', (0,), 'b', b'\x87R(', 1, (10**9,)),
+        *(b'cnumpy\ndtype\n', ('f4', False, True), b'R', False, b'B\4\0\0\0abcd', b'tb'),
+    ),
+    'an array of negative size': pickled(
+        *(b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n', (0,), 'b', b'\x87R(', 1, (-1, -1)),
+        *(b'cnumpy\ndtype\n', ('f4', False, True), b'R', False, b'B\4\0\0\0abcd', b'tb'),
+    ),
+    'an array that joblib did not write': pickled(
+        *(b'cjoblib.numpy_pickle\nNumpyArrayWrapper\n)\x81}(', 'shape', (10**9,), 'dtype'),
+        *(b'cnumpy\ndtype\n', ('f4', False, True), b'Rub'),
+    ),
     'an extension': pickled(b'\x82\1'),
     'protocol 0': b'(dp0\n.',
     'a buffer': pickled(b'\x97'),
@@ -175,16 +189,67 @@ def test_no_class_is_looked_up(tmp_path: Path) -> None:
     assert not (tmp_path / 'executed').exists()
 
 
-def test_long_programs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_zip, 'PICKLE_STEPS', 1000)
+def test_the_work_is_in_proportion_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More instructions than a file of the size has are refused, and more values by their being shared."""
+    monkeypatch.setattr(pickle_reader, 'INSTRUCTIONS', 1000)
+    monkeypatch.setattr(pickle_reader, 'BYTES_PER_INSTRUCTION', 1000)
     assert harmless(tmp_path / 'x.pt', archive(pickled([0] * 990), {})) == [0] * 990
     assert harmless(tmp_path / 'x.pt', archive(pickled([0] * 1000), {})) is None
+    assert harmless(tmp_path / 'x.pt', archive(pickled([0] * 1000), {'0': bytes(30_000)})) == [0] * 1000
     assert harmless(tmp_path / 'x.pt', archive(pickled(5, b'q\0' * 990), {})) == 5
-    assert harmless(tmp_path / 'x.pt', archive(pickled(5, b'q\0' * 1000), {})) is None
+    assert harmless(tmp_path / 'x.pt', archive(pickled(5, b'q\0' * 1010), {})) is None
     shared = pickled(b']q\0(', *[0] * 40, b'e](' + b'h\0' * 40 + b'e')  # 41 + 40 x 41 values from 120 instructions
     assert harmless(tmp_path / 'x.pt', archive(shared, {})) is None
-    monkeypatch.setattr(torch_zip, 'PICKLE_BYTES', 1000)
-    assert harmless(tmp_path / 'x.pt', archive(pickled('a' * 2000), {})) is None
+
+
+def colliding_tuples(count: int) -> list[tuple[int, int]]:
+    """Pairs of integers that have one hash: tuples' is not keyed, and every step of it can be undone."""
+    mask, one, two, five = 2**64 - 1, 11400714785074694791, 14029467366897019727, 2870177450012600261
+
+    def turned(number: int) -> int:
+        return ((number << 31) | (number >> 33)) & mask
+
+    def after(accumulated: int, lane: int) -> int:
+        return turned((accumulated + lane * two) & mask) * one & mask
+
+    target, found = 12345678901234567, []
+    for first in range(100 * count):
+        # the second number after which the hash is `target`
+        wanted = target * pow(one, -1, 2**64) & mask
+        before = ((wanted >> 31) | (wanted << 33)) & mask
+        second = (before - after(five, first)) * pow(two, -1, 2**64) & mask
+        if second < 2**61 - 1:
+            found.append((first, second))
+    return found[:count]
+
+
+@pytest.mark.skipif(sys.hash_info.width != 64, reason='the hash of a tuple is computed in 64 bits')
+def test_keys_that_collide(tmp_path: Path) -> None:
+    keys = colliding_tuples(200)
+    assert len(keys) == 200
+    assert len({hash(key) for key in keys}) == 1
+    path = tmp_path / 'x.pt'
+    torch.save(dict.fromkeys(keys, 1), path)
+    tree = read(path).tree
+    assert set(tree.values()) == {1}
+    assert len({hash(key) for key in tree}) == 200
+
+
+def test_the_same_bytes_are_unpacked_once(tmp_path: Path) -> None:
+    """However often a pickle calls for the same: each of these calls would cost as much as the file is long."""
+    file = io.BytesIO()
+    torch.save(torch.ones(1000).untyped_storage(), file, _use_new_zipfile_serialization=False)
+    text = 'a' * 5000
+    load, encode = b'ctorch.storage\n_load_from_bytes\n', b'c_codecs\nencode\n'
+    content = b'B' + struct.pack('<L', len(file.getvalue())) + file.getvalue()
+    program = pickled(b'](', load, b'q\1', content, b'\x85q\0R', b'h\1h\0R' * 500, b'e')
+    storages = harmless(tmp_path / 'x.pt', archive(program, {}))
+    assert len(storages) == 501
+    assert all(found is storages[0] for found in storages)
+    program = pickled(b'](', encode, b'q\1', text, 'latin1', b'\x86q\0R', b'h\1h\0R' * 500, b'e')
+    encoded = harmless(tmp_path / 'x.pt', archive(program, {}))
+    assert len(encoded) == 501
+    assert all(found is encoded[0] for found in encoded)
 
 
 plain_values = st.recursive(

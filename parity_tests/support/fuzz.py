@@ -29,9 +29,9 @@ import torch
 from safetensors import deserialize
 
 from convert.errors import ConversionError
-from convert.files.arrays import UNPACKED
 from convert.files.checkpoint import Checkpoint, Foreign, array, read
-from convert.files.torch_archive import EXPANDED
+from convert.files.pickled_values import EXPANDED
+from convert.files.unpacking import UNPACKED
 
 MEMORY = 64 << 20  # what one small file may take, in bytes
 # Lines of Python that it may take: some 30 for a byte that is an instruction, and up to 100 values of 6 lines each

@@ -1,0 +1,66 @@
+"""The one checkpoint in a folder, and the files that an index of shards names."""
+
+import re
+from pathlib import Path
+
+from convert.errors import ConversionError
+from convert.files.arrays import JSON_BYTES, read_json
+from convert.files.other_files import refuse_parts
+from convert.files.zip_directory import quote
+
+_SUFFIXES = (
+    ('.pt', '.pth', '.bin', '.ckpt', '.t7', '.tar', '.safetensors', '.npz', '.index.json'),
+    ('.pt2', '.pkl', '.pickle', '.joblib', '.gz', '.zip'),  # looked for where there are none of the others
+)
+_BESIDE_WEIGHTS = re.compile(  # trainers' own files
+    r'(optimizer|scheduler|scaler|sampler|dl_state_dict|training_args|rng_state|random_states|custom_checkpoint)[_0-9]*\.'
+)
+
+
+def only_checkpoint(folder: Path) -> Path:
+    """The one checkpoint in a folder, or one level down where there is none in itself."""
+    refuse_parts((path.name for path in folder.iterdir()), str(folder))
+    found = _checkpoints(folder)
+    below = [] if found else [path for path in sorted(folder.iterdir()) if path.is_dir()]
+    for inner in below:
+        found += _checkpoints(inner)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        for inner in below:
+            refuse_parts((path.name for path in inner.iterdir()), str(inner))
+        held = sorted(path.name for path in folder.iterdir())
+        raise ConversionError(f'a folder without a checkpoint, also one level down: it holds {quote(held)}')
+    names = sorted(str(path.relative_to(folder)) for path in found)
+    raise ConversionError(f'a folder of {len(found)} checkpoints, give the one to convert: {quote_all(names)}')
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The indices and checkpoint files in a folder, beside what trainers put there and the shards of the indices."""
+    names = {path.name for path in folder.iterdir() if path.is_file() and not _BESIDE_WEIGHTS.match(path.name)}
+    for suffixes in _SUFFIXES:
+        found = {name for name in names if name.lower().endswith(suffixes)}
+        for name in sorted(found):
+            if name.endswith('.index.json'):
+                with (folder / name).open('rb') as file:
+                    owners = read_json(file.read(JSON_BYTES + 1)).get('weight_map')
+                found -= set(map(str, owners.values())) if isinstance(owners, dict) else set()
+        if found:
+            return [folder / name for name in found]
+    return []
+
+
+def quote_all(names: list[str]) -> str:
+    """Up to twenty of them."""
+    more = f' and {len(names) - 20} more' if len(names) > 20 else ''
+    return f'{names[:20]}{more}'
+
+
+def beside(index: Path, name: str) -> Path:
+    """The file of that name in the index's folder. A link may lead only to where the hub's cache keeps its files."""
+    folder = index.parent.resolve()
+    if name in ('', '.', '..') or not set(name).isdisjoint('/\\\0'):
+        raise ConversionError(f'its shard {quote(name)} is not the plain name of a file beside it')
+    if (folder / name).resolve().parent not in (folder, folder.parent.parent / 'blobs'):
+        raise ConversionError(f'its shard {quote(name)} is a link to another folder')
+    return index.parent / name
