@@ -8,9 +8,10 @@ from flax import linen as nn
 from convert.architectures.architecture import Architecture, Layout
 from convert.architectures.deep_vit import DeepViTArchitecture
 from convert.architectures.simple_vit import SimpleViTArchitecture
+from convert.architectures.vit import ViTArchitecture
 from convert.errors import ConversionError
 
-ARCHITECTURES: list[Architecture] = [SimpleViTArchitecture(), DeepViTArchitecture()]
+ARCHITECTURES: list[Architecture] = [ViTArchitecture(), SimpleViTArchitecture(), DeepViTArchitecture()]
 
 
 def architecture_of(model: nn.Module | type[nn.Module]) -> Architecture:
@@ -29,5 +30,6 @@ def all_layouts() -> list[Layout]:
 
 
 def model_names() -> str:
-    """'SimpleViT or DeepViT'."""
-    return ' or '.join(architecture.model.__name__ for architecture in ARCHITECTURES)
+    """'ViT, SimpleViT or DeepViT'."""
+    *others, last = (architecture.model.__name__ for architecture in ARCHITECTURES)
+    return f'{", ".join(others)} or {last}'

@@ -108,6 +108,7 @@ def verify(
     gradients: bool = False,
     attention: bool = False,
     key: str | None = None,
+    release: str | None = None,
     **overrides: Any,
 ) -> Report:
     """Run vit-pytorch's module and the Flax model on the same images, in float64 and in `dtype`; compare every block.
@@ -126,6 +127,7 @@ def verify(
         gradients: Whether those of every parameter are compared, too.
         attention: Whether to keep the attention maps of the image whose logits differ most.
         key: Which of several models in the source, by its address.
+        release: The vit-pytorch that wrote it, as of `inspect`.
         **overrides: Fields of the Flax model that the weights don't tell.
 
     Returns:
@@ -137,9 +139,9 @@ def verify(
     """
     dtype = floating_dtype('dtype', dtype).name
     if converted:
-        inspection = with_shared_fields(source, converted[0], key=key, **overrides)
+        inspection = with_shared_fields(source, converted[0], key=key, release=release, **overrides)
     else:
-        inspection = inspect(source, key=key, **overrides)
+        inspection = inspect(source, key=key, release=release, **overrides)
     random = np.random.default_rng(seed)
     given = images is not None
     with jax.enable_x64(True):
@@ -223,17 +225,21 @@ def measured(
     return outputs, settled(rows, again)
 
 
-def with_shared_fields(source: Any, model: nn.Module, *, key: str | None, **overrides: Any) -> Inspection:
+def with_shared_fields(
+    source: Any, model: nn.Module, *, key: str | None, release: str | None, **overrides: Any
+) -> Inspection:
     """The inspection of a source, with a converted model's fields where nothing else tells them: assumed, in both.
 
     Raises ConversionError when the model is none of this source.
     """
-    inspection = inspect(source, key=key, **overrides)
+    inspection = inspect(source, key=key, release=release, **overrides)
     ours, theirs = type(model).__name__, inspection.layout.model.__name__
     if ours != theirs:
         raise ConversionError(f'The converted model is a {ours}, but {inspection.source} holds a {theirs}.')
     shared = {name for name, field in inspection.fields.items() if field.how in {'unknown', 'assumed'}}
-    inspection = inspect(source, key=key, **overrides, **{name: getattr(model, name) for name in shared})
+    inspection = inspect(
+        source, key=key, release=release, **overrides, **{name: getattr(model, name) for name in shared}
+    )
     fields = {
         name: Field(field.value, 'assumed', 'as the converted model has it') if name in shared else field
         for name, field in inspection.fields.items()
@@ -254,7 +260,7 @@ def tensors_as_converted(
     ours = {
         rule.name: jax.ShapeDtypeStruct(rule.torch_shape(array.shape), array.dtype) for rule, array in rules.items()
     }
-    tensors = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}
+    tensors = inspection.layout.tensors_of_today(inspection.tensors)
     theirs, common = inspection.model, [name for name in tensors if name in ours]
     misshapen = any(tensors[name].shape != ours[name].shape for name in common)
     if misshapen or labels(model) != labels(theirs) or model.num_classes != theirs.num_classes:

@@ -72,14 +72,16 @@ class Unwrapped:
     left_aside: Mapping[str, str]  # group -> what it holds
 
 
-def unwrap(tree: Any, *, key: str | None = None, head: bool = True) -> Unwrapped:
+def unwrap(tree: Any, *, key: str | None = None, head: bool = True, release: str | None = None) -> Unwrapped:
     """The only model in `tree`, or the one at the address `key` or inside it; without its head if `head` is False.
+
+    With `release`, only the layouts of that release are tried.
 
     Raises ConversionError when there is none, when several differ, or when the best is incomplete or has a name that
     no layout explains.
     """
     leaves = list(walk(tree))
-    found = candidates(leaves, key, head=head)
+    found = candidates(leaves, key, head=head, release=release)
     if key is not None:
         chosen = [candidate for candidate in found if _is_at(candidate.place, key)]
         chosen = [candidate for candidate in chosen if candidate.place.key == key] or chosen
@@ -114,7 +116,7 @@ def walk(tree: Any) -> Iterator[Item]:
             stack += reversed([((*path, str(name)), child, (*parents, id(node))) for name, child in children])
 
 
-def candidates(leaves: Iterable[Item], key: str | None, *, head: bool) -> list[Candidate]:
+def candidates(leaves: Iterable[Item], key: str | None, *, head: bool, release: str | None) -> list[Candidate]:
     """What is found where tensors have names that some layout knows, after a beginning of any length.
 
     A complete model among the names of another (an average that a model keeps of itself) is none of the other's.
@@ -146,7 +148,7 @@ def candidates(leaves: Iterable[Item], key: str | None, *, head: bool) -> list[C
             if name.startswith(place.beginning) and not name.startswith(inside)
         }
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        found.append(Candidate(place, tensors, best_fit(shapes, head=head)))
+        found.append(Candidate(place, tensors, best_fit(shapes, head=head, release=release)))
     return found
 
 
@@ -185,7 +187,7 @@ def left_aside(leaves: Iterable[Item], model: Candidate) -> dict[str, str]:
         path = (*leaf.container, *leaf.name.split('.'))
         if path[-1] in BOOKKEEPING:
             groups[path[-1]].append(leaf.value)
-        elif path not in parts:
+        elif path not in parts and not (isinstance(leaf.value, np.ndarray) and leaf.value.size == 0):
             shared = next(
                 (i for i, (a, b) in enumerate(zip(path, address, strict=False)) if a != b),
                 min(len(path) - 1, len(address)),
