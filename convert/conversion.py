@@ -45,7 +45,12 @@ class Inspection:
 
     @property
     def layout(self) -> Layout:
-        return self.unwrapped.fit.layout
+        """Of those that have these names, the one that computes what the fields say."""
+        alike = self.unwrapped.fit.alike
+        computing = (
+            layout for layout in alike if all(self.fields[name].value == value for name, value in layout.fields.items())
+        )
+        return next(computing, self.unwrapped.fit.layout)
 
     @property
     def tensors(self) -> Mapping[str, np.ndarray]:
@@ -63,8 +68,9 @@ class Inspection:
     @property
     def plan(self) -> list[tuple[str, Leaf]]:
         """Every tensor's name in the source, and how it becomes a parameter."""
+        fit = self.unwrapped.fit
         headless = 'num_classes' in self.fields and self.fields['num_classes'].value == 0
-        rules = leaves(self.layout, self.unwrapped.fit.depth, head=not headless)
+        rules = leaves(self.layout, fit.depth, head=not headless, told=fit.told)
         return [(name, rules[name][0]) for name in self.tensors]
 
     @property
@@ -89,7 +95,9 @@ class Inspection:
             raise ConversionError(str(error)) from error
 
 
-def inspect(source: Any, *, key: str | None = None, part: str | None = None, **overrides: Any) -> Inspection:
+def inspect(
+    source: Any, *, key: str | None = None, part: str | None = None, release: str | None = None, **overrides: Any
+) -> Inspection:
     """What `source` is: its layout, its fields, what is left aside. Nothing is converted; unknown fields are allowed.
 
     Args:
@@ -97,6 +105,7 @@ def inspect(source: Any, *, key: str | None = None, part: str | None = None, **o
             torch.nn.Module.
         key: Which of several models in the source, by its address: 'ema.model'.
         part: 'transformer' for the Transformer alone, whatever the rest of the model is.
+        release: The vit-pytorch that wrote it, '0.6.5', where the weights alone fit several that computed differently.
         **overrides: Fields of the Flax model. What the weights tell otherwise, they can't be.
 
     Returns:
@@ -135,7 +144,7 @@ def inspect(source: Any, *, key: str | None = None, part: str | None = None, **o
     if 'param_dtype' in overrides:
         overrides['param_dtype'] = floating_dtype(overrides['param_dtype'])
     num_classes = overrides.get('num_classes', known.get('num_classes'))
-    found = unwrap(tree, key=key, part=part, head=num_classes != 0)
+    found = unwrap(tree, key=key, part=part, release=release, head=num_classes != 0)
     check_dtypes(found.tensors)
     fields = resolve(found.fit, overrides, known)
     if any(field.how in {'unknown', 'assumed'} for field in fields.values()):
@@ -153,6 +162,7 @@ def from_torch(
     *,
     key: str | None = None,
     part: str | None = None,
+    release: str | None = None,
     track: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     **overrides: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -165,6 +175,7 @@ def from_torch(
         key: Which of several models in the source, by its address.
         part: 'transformer' for the Transformer alone, whatever the rest of the model is: a module that takes tokens
             (batch, tokens, dim) and gives tokens.
+        release: The vit-pytorch that wrote it, '0.6.5', where the weights alone fit several that computed differently.
         track: Wraps the loop over the parameters, to show progress.
         **overrides: Fields of the Flax model that the weights don't tell (image_size, heads, ...); `param_dtype`
             casts.
@@ -177,7 +188,7 @@ def from_torch(
         ConversionError: As of `inspect`; and when a field is known from nowhere, naming the argument that tells it.
         FileNotFoundError: When the path is not there.
     """
-    inspection = inspect(source, key=key, part=part, **overrides)
+    inspection = inspect(source, key=key, part=part, release=release, **overrides)
     model = inspection.model
     for message in notes(inspection):
         warnings.warn(message, ConversionWarning, stacklevel=2)
@@ -186,7 +197,7 @@ def from_torch(
 
 def place(inspection: Inspection, *, track: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> dict[str, Any]:
     """The variables for the model of an inspection."""
-    today = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}
+    today = inspection.layout.tensors_of_today(inspection.tensors)
     asked = inspection.fields['param_dtype']
     return names.to_flax(
         inspection.model, today, param_dtype=asked.value if asked.how == 'given' else None, track=track
@@ -227,13 +238,16 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any], *, layout: str | No
     Raises:
         ConversionError: When no release computes this, and when the variables are not the model's.
     """
-    able = architecture_of(model).layouts_of(model)
+    architecture = architecture_of(model)
+    able = architecture.layouts_of(model)
     chosen = [candidate for candidate in able if layout in (None, candidate.id)]
     if not chosen:
         ids = ', '.join(f'{candidate.id} ({candidate})' for candidate in able)
         asked = f'layout={layout!r} does not compute' if layout else 'No release of vit-pytorch computes'
         raise ConversionError(f'{asked} what this {type(model).__name__} does. Layouts that do: {ids or "none"}.')
-    return {chosen[0].from_today(name): array for name, array in names.to_torch(model, variables).items()}
+    tensors = names.to_torch(model, variables)
+    empty = {name: np.zeros(shape, model.param_dtype) for name, shape in architecture.empty(model).items()}
+    return chosen[0].tensors_from_today(tensors | empty)
 
 
 def floating_dtype(dtype: Any) -> np.dtype[Any]:

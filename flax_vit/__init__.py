@@ -1,4 +1,4 @@
-"""vit-pytorch's DeepViT and SimpleViT as Flax modules."""
+"""vit-pytorch's ViT, SimpleViT and DeepViT as Flax modules."""
 
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flax_vit.simple_vit import SimpleViT
     from flax_vit.sizes import named
     from flax_vit.stacking import stack_layers, unstack_layers
+    from flax_vit.vit import ViT
 else:
     __getattr__, __dir__ = lazily(
         __name__,
@@ -25,6 +26,7 @@ else:
             'Features': 'flax_vit.looking',
             'PretrainedWarning': 'flax_vit.folders.pretrained',
             'SimpleViT': 'flax_vit.simple_vit',
+            'ViT': 'flax_vit.vit',
             'export_serving': 'flax_vit.serving',
             'features': 'flax_vit.looking',
             'from_nnx': 'flax_vit.nnx_bridge',
@@ -48,6 +50,7 @@ __all__ = [
     'Features',
     'PretrainedWarning',
     'SimpleViT',
+    'ViT',
     '__version__',
     'export_serving',
     'features',

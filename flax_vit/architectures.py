@@ -10,8 +10,9 @@ from flax import linen as nn
 
 from flax_vit.deep_vit import DeepViT
 from flax_vit.simple_vit import SimpleViT
+from flax_vit.vit import ViT
 
-MODELS: dict[str, type[Any]] = {model.__name__: model for model in (DeepViT, SimpleViT)}
+MODELS: dict[str, type[Any]] = {model.__name__: model for model in (DeepViT, SimpleViT, ViT)}
 
 
 def field_names(model_class: type[nn.Module]) -> list[str]:

@@ -4,6 +4,7 @@ Submodules have the PyTorch names in the PyTorch order, so that PyTorch's `trans
 is `transformer/layers_3_1/net_4/kernel` here.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import ClassVar
@@ -19,41 +20,25 @@ from jaxtyping import Float, Shaped
 from flax_vit import layers
 from flax_vit.layers import (
     EPSILON,
+    FeedForward,
     Identity,
     Layer,
     add,
     at_least_float32,
     check_divisible,
     check_options,
+    check_pool,
     check_rates,
     check_sizes,
-    gelu,
+    embedding_of_smaller_images,
+    grid_of,
     in_query_chunks,
     product,
     sequential,
     softmax,
-    to_patches,
+    with_class_token,
 )
 from flax_vit.sharding import laid_out_by_the_compiler
-
-
-class FeedForward(Layer):
-    dim: int
-    hidden_dim: int
-    dropout: float
-
-    def setup(self) -> None:
-        self.net = [
-            self.layer_norm(),
-            self.linear(self.dim, self.hidden_dim),
-            gelu,
-            nn.Dropout(self.dropout),
-            self.linear(self.hidden_dim, self.dim),
-            nn.Dropout(self.dropout),
-        ]
-
-    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
-        return sequential(self.net, x, train=train)
 
 
 class Attention(Layer):
@@ -205,32 +190,14 @@ class DeepViT(Layer):
         check_sizes(self, image_size=1, patch_size=1, num_classes=0, dim=1, depth=1, heads=1, mlp_dim=1)
         check_sizes(self, channels=1, dim_head=1)
         check_divisible(self, (self.image_size, self.image_size), (self.patch_size, self.patch_size))
-        if self.pool not in ('cls', 'mean'):
-            raise ValueError(f"DeepViT: pool must be 'cls' (class token) or 'mean' (of tokens), not {self.pool!r}.")
+        check_pool(self)
         check_rates(self, 'dropout', 'emb_dropout')
         check_options(self)
         super().__post_init__()
 
     def setup(self) -> None:
-        side = self.patch_size
-        num_patches = (self.image_size // side) ** 2
-
-        def cut(images: Shaped[Array | np.ndarray, '...']) -> Float[Array, 'batch tokens patch_dim']:
-            return to_patches(
-                self,
-                images,
-                channels=self.channels,
-                patch_size=(side, side),
-                sizes=f'height and width multiples of {side}, at most {num_patches} patches of {side} x {side}',
-                fits=lambda height, width: (
-                    height % side == 0 and width % side == 0 and 0 < (height // side) * (width // side) <= num_patches
-                ),
-            )
-
-        projection = self.linear(self.channels * side**2, self.dim)
-        self.to_patch_embedding = (
-            [cut, self.layer_norm(), projection, self.layer_norm()] if self.patch_norm else [cut, projection]
-        )
+        num_patches = math.prod(grid_of(self))
+        self.to_patch_embedding = embedding_of_smaller_images(self)
         normal = nn.initializers.normal(1.0)
         self.pos_embedding = self.param('pos_embedding', normal, (1, num_patches + 1, self.dim), self.param_dtype)
         self.cls_token = self.param('cls_token', normal, (1, 1, self.dim), self.param_dtype)
@@ -267,10 +234,8 @@ class DeepViT(Layer):
         """
         x = sequential(self.to_patch_embedding, images, train=train)
         x = x.astype(nn.dtypes.canonicalize_dtype(x, self.cls_token, self.pos_embedding, dtype=self.dtype))
-        batch, tokens, dim = x.shape
-        cls_tokens = add(jnp.zeros((batch, 1, dim), x.dtype), self.cls_token)
-        x = jnp.concatenate([cls_tokens, x], axis=1)
-        x = add(x, self.pos_embedding[:, : tokens + 1])
+        x = with_class_token(x, self.cls_token)
+        x = add(x, self.pos_embedding[:, : x.shape[1]])
         x = self.embedding_dropout(x, deterministic=not train)
         x = self.transformer(x, train=train)
         x = self.to_latent(x.mean(axis=1) if self.pool == 'mean' else x[:, 0])

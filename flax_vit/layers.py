@@ -1,5 +1,6 @@
-"""What both models share: layers that start and compute as PyTorch's do, and the way images become patches."""
+"""What the models share: layers that start and compute as PyTorch's do, and the way images become patches."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -161,6 +162,28 @@ def softmax(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
     return (weights / total).astype(x.dtype)
 
 
+def weigh(
+    q: Float[Array, 'batch heads i d'],
+    k: Float[Array, 'batch heads j d'],
+    v: Float[Array, 'batch heads j d'],
+    *,
+    attend: Callable[[Array], Array],
+    scale: float,
+    precision: PrecisionLike,
+) -> Float[Array, 'batch heads i d']:
+    """The values, weighed by `attend` of the softmax of the scaled products of queries and keys."""
+    dots = product('bhid,bhjd->bhij', q * scale, k, precision=precision)
+    weights, total = exponentials(dots)
+    softmax = (weights / total).astype(dots.dtype)
+    attn = attend(softmax)
+    if attn is softmax and attn.dtype == total.dtype:
+        # Divided after the product: one pass over the map less; the compiler leaves out the division above. Not
+        # where somebody has put another map in its place, and not in half precision, for which the sums of
+        # undivided weights can be too large.
+        return product('bhij,bhjd->bhid', weights, v, precision=precision) / total
+    return product('bhij,bhjd->bhid', attn, v, precision=precision)
+
+
 def sequential(layers: Sequence[Any], x: Shaped[Array | np.ndarray, '...'], *, train: bool) -> Float[Array, '...']:
     """`torch.nn.Sequential`: the layers in turn; Dropout acts in training only."""
     result: Any = x
@@ -224,6 +247,27 @@ def is_concrete(x: Array) -> bool:
 def loops_over(x: Array) -> AbstractContextManager[None]:
     """Loops over a concrete `x` run in Python: linen's are new functions in each call, which JAX would compile anew."""
     return jax.disable_jit() if is_concrete(x) else nullcontext()
+
+
+class FeedForward(Layer):
+    """`FeedForward` of ViT and DeepViT; SimpleViT's has no dropout."""
+
+    dim: int
+    hidden_dim: int
+    dropout: float
+
+    def setup(self) -> None:
+        self.net = [
+            self.layer_norm(),
+            self.linear(self.dim, self.hidden_dim),
+            gelu,
+            nn.Dropout(self.dropout),
+            self.linear(self.hidden_dim, self.dim),
+            nn.Dropout(self.dropout),
+        ]
+
+    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+        return sequential(self.net, x, train=train)
 
 
 class Transformer(Layer):
@@ -321,6 +365,14 @@ class Block(nn.Module):
     layers: Sequence[nn.Module]
 
 
+def with_class_token(
+    x: Float[Array, 'batch tokens dim'], cls_token: Float[Array, '... 1 dim']
+) -> Float[Array, 'batch tokens+1 dim']:
+    """The tokens of each image, and the class token in front of them."""
+    batch, _, dim = x.shape
+    return jnp.concatenate([add(jnp.zeros((batch, 1, dim), x.dtype), cls_token), x], axis=1)
+
+
 def uniform(bound: float) -> Initializer:
     """Initial values uniform in [-bound, bound)."""
 
@@ -379,6 +431,30 @@ def to_patches(
     return rearrange(jnp.asarray(images), f'{order} -> b (h w) (p1 p2 c)', p1=patch_size[0], p2=patch_size[1])
 
 
+def patch_embedding(model: Any, *, sizes: str, fits: Callable[[int, int], bool]) -> list[Any]:
+    """`to_patch_embedding` of a model: `to_patches` with these arguments, then a projection between LayerNorms."""
+    patch_size = pair(model.patch_size)
+
+    def cut(images: Shaped[Array | np.ndarray, '...']) -> Float[Array, 'batch tokens patch_dim']:
+        return to_patches(model, images, channels=model.channels, patch_size=patch_size, sizes=sizes, fits=fits)
+
+    norms = [model.layer_norm(), model.layer_norm()] if model.patch_norm else []
+    projection = model.linear(model.channels * patch_size[0] * patch_size[1], model.dim)
+    return [cut, *norms[:1], projection, *norms[1:]]
+
+
+def embedding_of_smaller_images(model: Any) -> list[Any]:
+    """`patch_embedding` of a model with learned positions, of which images with fewer patches take the first."""
+    (rows, columns), patches = pair(model.patch_size), math.prod(grid_of(model))
+    return patch_embedding(
+        model,
+        sizes=f'height and width multiples of {rows if rows == columns else (rows, columns)}, at most {patches} patches of {rows} x {columns}',
+        fits=lambda height, width: (
+            height % rows == 0 and width % columns == 0 and 0 < (height // rows) * (width // columns) <= patches
+        ),
+    )
+
+
 def floating_dtype(what: str, dtype: Any) -> np.dtype[Any]:
     """The dtype of a name, a type or a dtype. ValueError unless it is one of `FLOATS`; `what` begins the message."""
     try:
@@ -416,13 +492,19 @@ def check_divisible(model: nn.Module, image_size: tuple[int, int], patch_size: t
         )
 
 
+def check_pool(model: Any) -> None:
+    """ValueError unless `pool` is one that there is."""
+    if model.pool not in ('cls', 'mean'):
+        raise ValueError(
+            f"{type(model).__name__}: pool must be 'cls' (class token) or 'mean' (of tokens), not {model.pool!r}."
+        )
+
+
 def check_options(model: Any) -> None:
     """ValueError unless the fields that say how a model is computed, not what, make sense."""
     if model.query_chunk_size is not None:
         check_sizes(model, query_chunk_size=1)
-    for name in ('remat', 'scan_layers'):
-        if not isinstance(getattr(model, name), bool):
-            raise ValueError(f'{type(model).__name__}: {name} must be True or False, not {getattr(model, name)!r}.')
+    check_switches(model, 'remat', 'scan_layers')
     precision, names = model.precision, {*_PRECISIONS, *jax.lax.DotAlgorithmPreset.__members__}
     one_for_each = isinstance(precision, tuple) and len(precision) == 2
     if not (
@@ -435,3 +517,10 @@ def check_options(model: Any) -> None:
             f'{type(model).__name__}: precision={precision!r} is not to be had: it is None, {", ".join(_PRECISIONS)}, '
             'two of these, or the name of a jax.lax.DotAlgorithmPreset.'
         )
+
+
+def check_switches(model: Any, *names: str) -> None:
+    """ValueError unless each named field is True or False."""
+    for name in names:
+        if not isinstance(getattr(model, name), bool):
+            raise ValueError(f'{type(model).__name__}: {name} must be True or False, not {getattr(model, name)!r}.')

@@ -21,14 +21,13 @@ from flax_vit.layers import (
     check_divisible,
     check_options,
     check_sizes,
-    exponentials,
     gelu,
     grid_of,
     in_query_chunks,
     pair,
-    product,
+    patch_embedding,
     sequential,
-    to_patches,
+    weigh,
 )
 from flax_vit.sharding import laid_out_by_the_compiler
 
@@ -96,16 +95,7 @@ class Attention(Layer):
         k: Float[Array, 'batch heads j d'],
         v: Float[Array, 'batch heads j d'],
     ) -> Float[Array, 'batch heads i d']:
-        dots = product('bhid,bhjd->bhij', q * self.dim_head**-0.5, k, precision=self.precision)
-        weights, total = exponentials(dots)
-        softmax = (weights / total).astype(dots.dtype)
-        attn = self.attend(softmax)
-        if attn is softmax and attn.dtype == total.dtype:
-            # Divided after the product: one pass over the map less; the compiler leaves out the division above. Not
-            # where somebody has put another map in its place, and not in half precision, for which the sums of
-            # undivided weights can be too large.
-            return product('bhij,bhjd->bhid', weights, v, precision=self.precision) / total
-        return product('bhij,bhjd->bhid', attn, v, precision=self.precision)
+        return weigh(q, k, v, attend=self.attend, scale=self.dim_head**-0.5, precision=self.precision)
 
 
 class Transformer(layers.Transformer):
@@ -172,22 +162,9 @@ class SimpleViT(Layer):
         return posemb_sincos_2d(*self.grid, self.dim)
 
     def setup(self) -> None:
-        image_size, patch_size = pair(self.image_size), pair(self.patch_size)
-        patch_dim = self.channels * patch_size[0] * patch_size[1]
-
-        def cut(images: Shaped[Array | np.ndarray, '...']) -> Float[Array, 'batch tokens patch_dim']:
-            return to_patches(
-                self,
-                images,
-                channels=self.channels,
-                patch_size=patch_size,
-                sizes=f'height and width {image_size}',
-                fits=lambda *size: size == image_size,
-            )
-
-        projection = self.linear(patch_dim, self.dim)
-        self.to_patch_embedding = (
-            [cut, self.layer_norm(), projection, self.layer_norm()] if self.patch_norm else [cut, projection]
+        image_size = pair(self.image_size)
+        self.to_patch_embedding = patch_embedding(
+            self, sizes=f'height and width {image_size}', fits=lambda *size: size == image_size
         )
         self.transformer = self.transformer_alone()
         self.to_latent = Identity()

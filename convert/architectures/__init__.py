@@ -11,9 +11,10 @@ from convert.architectures.architecture import Architecture, Layout
 from convert.architectures.deep_vit import DeepViTArchitecture
 from convert.architectures.simple_vit import SimpleViTArchitecture
 from convert.architectures.transformer import TransformerArchitecture
+from convert.architectures.vit import ViTArchitecture
 from convert.errors import ConversionError
 
-ARCHITECTURES: list[Architecture] = [SimpleViTArchitecture(), DeepViTArchitecture()]
+ARCHITECTURES: list[Architecture] = [ViTArchitecture(), SimpleViTArchitecture(), DeepViTArchitecture()]
 
 
 def architecture_of(model: nn.Module | type[nn.Module]) -> Architecture:
@@ -34,12 +35,21 @@ def transformers() -> list[Architecture]:
 _transformer = cache(TransformerArchitecture)
 
 
-def layouts_of_all(part: str | None = None) -> tuple[Layout, ...]:
-    """The layouts of all architectures, or of their Transformers where `part` is 'transformer'."""
+def layouts_of_all(part: str | None = None, release: str | None = None) -> tuple[Layout, ...]:
+    """The layouts of all architectures, or of their Transformers where `part` is 'transformer'; those of a release.
+
+    Raises ConversionError when no layout is known of that release.
+    """
     architectures = ARCHITECTURES if part is None else transformers()
-    return tuple(layout for architecture in architectures for layout in architecture.layouts)
+    known = [layout for architecture in architectures for layout in architecture.layouts]
+    layouts = tuple(layout for layout in known if release is None or layout.wrote(release))
+    if not layouts:
+        those = ', '.join(map(str, known))
+        raise ConversionError(f'No model that vit-pytorch {release} wrote can be converted. Those that can: {those}.')
+    return layouts
 
 
 def model_names() -> str:
-    """'SimpleViT or DeepViT'."""
-    return ' or '.join(architecture.model.__name__ for architecture in ARCHITECTURES)
+    """'ViT, SimpleViT or DeepViT'."""
+    *others, last = (architecture.model.__name__ for architecture in ARCHITECTURES)
+    return f'{", ".join(others)} or {last}'

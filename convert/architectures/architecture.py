@@ -15,6 +15,7 @@ from convert.errors import ConversionError
 from flax_vit.layers import grid_of, pair
 
 IDENTITY = 'torch.nn.modules.linear.Identity'
+_RANGE = re.compile(r'(?P<first>[\d.]+)(?: to (?P<last>[\d.]+)|(?P<later> and later))?')
 _NUMBER = re.compile(r'(?:(?<=\blayers\.)|(?<=encoder_))\d+(?=\.)')  # of a block, in a parameter's name
 
 
@@ -36,6 +37,7 @@ class Layout:
     releases: str
     fields: Mapping[str, Any] = field(default_factory=dict)  # of the model, where they are not its defaults
     renames: Mapping[str, str] = field(default_factory=dict)  # beginnings of its names -> of the Flax model's
+    batched: frozenset[str] = frozenset()  # the Flax model's names of what has an axis more here, 1, in front
 
     def __str__(self) -> str:
         return f'{self.model.__name__} of vit-pytorch {self.releases}'
@@ -47,6 +49,32 @@ class Layout:
     def from_today(self, name: str) -> str:
         """What this layout calls the parameter with the Flax model's PyTorch name `name`."""
         return rename(name, {ours: theirs for theirs, ours in self.renames.items()})
+
+    def tensors_of_today(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Tensors with this layout's names and shapes, by the Flax model's PyTorch names and in its shapes."""
+        today = {self.to_today(name): tensor for name, tensor in tensors.items()}
+        return {name: tensor[0] if name in self.batched else tensor for name, tensor in today.items()}
+
+    def tensors_from_today(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """And back."""
+        return {
+            self.from_today(name): tensor[None] if name in self.batched else tensor for name, tensor in tensors.items()
+        }
+
+    def wrote(self, release: str) -> bool:
+        """Whether that release of vit-pytorch, '0.6.5', wrote these names."""
+        found = _RANGE.match(self.releases)
+        if not found:
+            return False
+        first, last = found['first'], found['last'] or found['first']
+        return version(first) <= version(release) and (bool(found['later']) or version(release) <= version(last))
+
+
+def version(release: str) -> tuple[int, ...]:
+    """A release as numbers, to be compared. Raises ConversionError when it is none."""
+    if not re.fullmatch(r'\d+(\.\d+)*', release):
+        raise ConversionError(f"release must be that of a vit-pytorch, such as '0.6.5', not {release!r}.")
+    return tuple(map(int, release.split('.')))
 
 
 def pattern(name: str) -> str:
@@ -106,23 +134,15 @@ class Architecture:
 
     model: Any  # the Flax model's class
     torch_classes: tuple[str, ...]  # those that compute it; a port is compared with the first
-    torch_arguments: Mapping[str, int] = {  # of a small one
-        'image_size': 2,
-        'patch_size': 1,
-        'num_classes': 1,
-        'dim': 8,
-        'heads': 2,
-        'mlp_dim': 1,
-    }
     layouts: tuple[Layout, ...]  # the newest of each function first: it is the one that `to_torch` writes
-    axes: tuple[Axis, ...] = (  # what those of the parameters hold
+    axes: tuple[Axis, ...] = (  # what those of the parameters hold; of two that are alike, the last
         Axis('1'),
         Axis('channels x patch area'),
+        Axis('heads x dim_head'),
+        Axis('heads x dim_head', factor=3),
         Axis('dim'),
         Axis('mlp_dim'),
         Axis('num_classes'),
-        Axis('heads x dim_head'),
-        Axis('heads x dim_head', factor=3),
     )
     # A small model in which no two axes are alike, as a test holds, so that a size tells what an axis holds.
     probe: Mapping[str, Any] = {
@@ -144,16 +164,26 @@ class Architecture:
         """The fields for what releases computed differently."""
         return frozenset().union(*(layout.fields for layout in self.layouts))
 
-    def layouts_of(self, model: nn.Module) -> list[Layout]:
-        """The layouts whose releases compute what `model` does."""
-        return [
-            layout
-            for layout in self.layouts
-            if all(
-                getattr(model, name) == layout.fields.get(name, getattr(self.model, name))
-                for name in self.release_fields
-            )
-        ]
+    def layouts_of(self, model: Any) -> list[Layout]:
+        """The layouts whose releases compute what `model` does, the newest first."""
+        return [layout for layout in self.layouts if self.computes(layout, model)]
+
+    def computes(self, layout: Layout, model: Any) -> bool:
+        """Whether the layout's releases compute what `model` does."""
+        released = {**self.today(model), **layout.fields}
+        return all(getattr(model, name) == released[name] for name in self.release_fields)
+
+    def today(self, model: Any) -> dict[str, Any]:
+        """The `release_fields` that today's release computes with, in a model that is like `model` in the rest."""
+        return {name: getattr(self.model, name) for name in self.release_fields}
+
+    def told_by_names(self, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        """Fields that say which parameters there are, as tensors of these names and shapes tell them."""
+        return {}
+
+    def empty(self, model: Any) -> dict[str, tuple[int, ...]]:
+        """The shapes of parameters that PyTorch's module has and that hold nothing, by today's names."""
+        return {}
 
     def quantities(self, model: Any) -> dict[str, int]:
         """What the axes are made of, for a model."""
@@ -197,6 +227,10 @@ class Architecture:
         package, _, name = self.torch_classes[0].rpartition('.')
         return getattr(import_module(package), name)
 
+    def smallest(self, module: Any) -> dict[str, Any]:
+        """Arguments with which a small torch module has the same parts as `module`, whatever its sizes."""
+        return {'image_size': 2, 'patch_size': 1, 'num_classes': 1, 'dim': 8, 'heads': 2, 'mlp_dim': 1}
+
     def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
         """The torch module that computes what `model` does, with random weights; `arguments` are the fields' values."""
         import torch
@@ -207,7 +241,16 @@ class Architecture:
             module.to_patch_embedding = torch.nn.Sequential(cut, linear)
         if not model.num_classes:
             setattr(module, self.model.HEAD, torch.nn.Identity())
+        if getattr(model, 'norm_after_mean', False):
+            head = torch.nn.Sequential(module.transformer.norm, getattr(module, self.model.HEAD))
+            if model.num_classes:
+                setattr(module, self.model.HEAD, head)
+            module.transformer.norm = torch.nn.Identity()
         return module
+
+    def changed(self, transformer: Any, model: Any) -> Any:
+        """PyTorch's Transformer of today, changed where `model` computes what an older release did."""
+        return transformer
 
     def parts(self, model: Any) -> dict[str, str]:
         """What is compared, in the order of the computation: PyTorch's names of modules, and what they are."""
@@ -250,8 +293,8 @@ def heads_of(fields: Mapping[str, Field], inner_dim: int, default: int | None) -
             'heads': Field(inner_dim // default, 'assumed', why),
         }
     choices = ', '.join(f'heads={n} if dim_head is {inner_dim // n}' for n in range(1, 33) if inner_dim % n == 0)
-    other = f", and vit-pytorch's default dim_head {default} does not divide it" if default else ''
-    why = f'{arithmetic}{other}: {choices}'
+    fails = f"vit-pytorch's default dim_head {default} does not divide it" if default else 'dim_head has no default'
+    why = f'{arithmetic}, and {fails}: {choices}'
     return {'heads': Field(None, 'unknown', why), 'dim_head': Field(None, 'unknown')}
 
 
@@ -283,6 +326,27 @@ def patches_of(fields: Mapping[str, Field], patch_dim: int, default: int) -> dic
     )
     why = f"{arithmetic}, and vit-pytorch's default of {default} channels does not fit a square: {choices}"
     return {'channels': Field(None, 'unknown', why), 'patch_size': Field(None, 'unknown')}
+
+
+def prenorm(residual: str = '') -> dict[str, str]:
+    """The names of blocks that were wrapped in `PreNorm` (before 1.4), and with `residual` 'fn.' in `Residual`, too."""
+    return {
+        f'transformer.layers.#.0.{residual}norm.': 'transformer.layers.#.0.norm.',
+        f'transformer.layers.#.0.{residual}fn.': 'transformer.layers.#.0.',
+        f'transformer.layers.#.1.{residual}norm.': 'transformer.layers.#.1.net.0.',
+        f'transformer.layers.#.1.{residual}fn.net.0.': 'transformer.layers.#.1.net.1.',
+        f'transformer.layers.#.1.{residual}fn.net.3.': 'transformer.layers.#.1.net.4.',
+    }
+
+
+def other_heads(model: Any) -> Iterator[dict[str, Any]]:
+    """Other values of heads and dim_head that take the same weights."""
+    inner_dim, tokens = model.heads * model.dim_head, math.prod(grid_of(model))
+    for heads in range(1, inner_dim + 1):
+        if inner_dim % heads == 0 and heads != model.heads:
+            # no more of the attention maps at once than of the model itself, however many heads there are
+            chunk = max(1, tokens * model.heads // heads)
+            yield {'heads': heads, 'dim_head': inner_dim // heads, 'query_chunk_size': chunk}
 
 
 def first_attention(module: Any) -> Any:

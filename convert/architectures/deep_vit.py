@@ -14,18 +14,11 @@ from convert.architectures.architecture import (
     Field,
     Layout,
     first_attention,
+    prenorm,
 )
-from convert.architectures.way import Mistake, Way
+from convert.architectures.way import Mistake, Way, class_token_mistakes
 from convert.errors import ConversionError
 from flax_vit.deep_vit import DeepViT
-
-_PRENORM = {
-    'transformer.layers.#.0.fn.norm.': 'transformer.layers.#.0.norm.',
-    'transformer.layers.#.0.fn.fn.': 'transformer.layers.#.0.',
-    'transformer.layers.#.1.fn.norm.': 'transformer.layers.#.1.net.0.',
-    'transformer.layers.#.1.fn.fn.net.0.': 'transformer.layers.#.1.net.1.',
-    'transformer.layers.#.1.fn.fn.net.3.': 'transformer.layers.#.1.net.4.',
-}
 
 
 @dataclass(frozen=True)
@@ -57,12 +50,7 @@ class DeepViTWay(Way):
             yield Mistake(f'with re-attention normalised over {called} instead of heads', {'reattention_axis': axis})
 
     def position_mistakes(self) -> dict[str, np.ndarray]:
-        right = self.tensors['pos_embedding']
-        return super().position_mistakes() | {
-            'if the class token takes the last position': np.roll(right, 1, axis=1),
-            "if the patches start at the class token's position": np.roll(right, -1, axis=1),
-            'if the class token gets no position': np.concatenate([0 * right[:, :1], right[:, 1:]], axis=1),
-        }
+        return super().position_mistakes() | class_token_mistakes(self.tensors['pos_embedding'])
 
 
 class DeepViTArchitecture(Architecture):
@@ -72,8 +60,8 @@ class DeepViTArchitecture(Architecture):
     torch_classes = ('vit_pytorch.deepvit.DeepViT',)
     layouts = (
         Layout('D2', DeepViT, '1.4.3 and later'),
-        Layout('D1', DeepViT, '1.0.0 to 1.4.2', {}, _PRENORM),
-        Layout('D0', DeepViT, '0.9.0 to 0.40.2', {'patch_norm': False}, _PRENORM),
+        Layout('D1', DeepViT, '1.0.0 to 1.4.2', {}, prenorm('fn.')),
+        Layout('D0', DeepViT, '0.9.0 to 0.40.2', {'patch_norm': False}, prenorm('fn.')),
     )
     axes = (*Architecture.axes, Axis('heads'), Axis('patches', offset=1))
     assumed = frozenset({'pool', 'dropout', 'emb_dropout'})

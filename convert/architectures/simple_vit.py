@@ -1,6 +1,5 @@
 """vit-pytorch's SimpleViT: the layouts of its names, its sincos table, and what people get wrong. Imports flax_vit."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 from einops import rearrange
 
-from convert.architectures.architecture import Architecture, AttentionMap, Layout, one_or_pair
+from convert.architectures.architecture import Architecture, AttentionMap, Layout, one_or_pair, other_heads
 from convert.architectures.way import Way
 from convert.errors import ConversionError
 from flax_vit.simple_vit import SimpleViT, posemb_sincos_2d
@@ -73,14 +72,9 @@ class SimpleViTArchitecture(Architecture):
     def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
         """With the port's position table, compared apart: PyTorch's depends on the processor in the last bits."""
         import torch
-        from torch import nn
 
         module = super().torch_module(model, arguments)
         module.pos_embedding = torch.from_numpy(model.pos_embedding())
-        if model.norm_after_mean:
-            head = nn.Sequential(module.transformer.norm, module.linear_head)
-            module.linear_head = head if model.num_classes else module.linear_head
-            module.transformer.norm = nn.Identity()
         return module
 
     def table(self, model: Any) -> tuple[float, float]:
@@ -101,12 +95,7 @@ class SimpleViTArchitecture(Architecture):
         return model.pos_embedding(), exact, table_mistakes(model, exact)
 
     def alternatives(self, model: Any) -> Iterator[dict[str, Any]]:
-        inner_dim, tokens = model.heads * model.dim_head, math.prod(model.grid)
-        for heads in range(1, inner_dim + 1):
-            if inner_dim % heads == 0 and heads != model.heads:
-                # no more of the attention maps at once than of the model itself, however many heads there are
-                chunk = max(1, tokens * model.heads // heads)
-                yield {'heads': heads, 'dim_head': inner_dim // heads, 'query_chunk_size': chunk}
+        yield from other_heads(model)
 
 
 def sincos_grid(table: np.ndarray) -> tuple[int, int]:

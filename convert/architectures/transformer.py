@@ -24,48 +24,54 @@ class TransformerLayout(Layout):
 class TransformerArchitecture(Architecture):
     """The Transformer of `whole`, whose Flax model makes its own by `transformer_alone`."""
 
-    SIZES = frozenset({'1', 'dim', 'mlp_dim', 'heads', 'heads x dim_head'})
+    SIZES = frozenset({'dim', 'mlp_dim', 'heads', 'heads x dim_head'})
 
     def __init__(self, whole: Architecture) -> None:
-        name = whole.model.__name__
-        probe = {**whole.probe, 'depth': 1}
-        alone = {layout: whole.model(**{**probe, **layout.fields}).transformer_alone() for layout in whole.layouts}
+        self.whole = whole
         self.model = whole.model.TRANSFORMER
         self.torch_classes = (f'{whole.torch_classes[0].rpartition(".")[0]}.Transformer',)
-        self.torch_arguments = {'dim': 8, 'heads': 2, 'dim_head': 4, 'mlp_dim': 1}
         self.axes = tuple(axis for axis in whole.axes if axis.quantity in self.SIZES)
-        self.probe = {field: whole.probe[field] for field in ('dim', 'mlp_dim', 'heads', 'dim_head')}
-        self.assumed = whole.assumed & self.field_defaults().keys()
-        layouts: dict[Any, Layout] = {}
-        for layout, module in alone.items():
-            fields = {
-                field: value
-                for field, default in self.field_defaults().items()
-                if field not in self.assumed and (value := getattr(module, field)) != default
-            }
-            renames = {
-                theirs.removeprefix(BEGINNING): ours.removeprefix(BEGINNING)
-                for theirs, ours in layout.renames.items()
-                if ours.startswith(BEGINNING)
-            }
-            same = (*fields.items(), *renames.items())
-            layouts.setdefault(
-                same, TransformerLayout(layout.id, self.model, layout.releases, fields, renames, whole=name)
-            )
-        self.layouts = tuple(layouts.values())
+        self.probe = {name: whole.probe[name] for name in ('dim', 'mlp_dim', 'heads', 'dim_head')}
+        self.assumed = whole.assumed & self.own_fields().keys()
+        self.layouts = tuple(map(self.layout_alone, whole.layouts))
 
-    def field_defaults(self) -> dict[str, Any]:
+    def own_fields(self) -> dict[str, Any]:
         """The fields that have a default and say what is computed."""
+        computation = COMPUTATION | {'parent', 'name', 'param_dtype'}
         return {
             field.name: field.default
             for field in dataclasses.fields(self.model)
-            if field.default is not dataclasses.MISSING
-            and field.name not in {'parent', 'name', 'param_dtype', *COMPUTATION}
+            if field.default is not dataclasses.MISSING and field.name not in computation
         }
+
+    def layout_alone(self, layout: Layout) -> TransformerLayout:
+        """What becomes of a layout of the whole."""
+        whole = layout.model(**{**self.whole.probe, 'depth': 1, **layout.fields})
+        alone, of_whole = whole.transformer_alone(), {field.name for field in dataclasses.fields(whole)}
+        fields = {
+            name: value
+            for name, default in self.own_fields().items()
+            if (value := getattr(alone, name)) != default and (name in layout.fields or name not in of_whole)
+        }
+        renames = {
+            theirs.removeprefix(BEGINNING): ours.removeprefix(BEGINNING)
+            for theirs, ours in layout.renames.items()
+            if ours.startswith(BEGINNING)
+        }
+        name = self.whole.model.__name__
+        return TransformerLayout(layout.id, self.model, layout.releases, fields, renames, whole=name)
+
+    def today(self, model: Any) -> dict[str, Any]:
+        usual = model.clone(**{name: None for name, default in self.own_fields().items() if default is None})
+        told = {name: getattr(usual, name) for name, default in self.own_fields().items() if default is None}
+        return super().today(model) | told
+
+    def told_by_names(self, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        told = self.whole.told_by_names(layout, shapes)
+        return {name: value for name, value in told.items() if name in {**self.probe, **self.own_fields()}}
 
     def quantities(self, model: Any) -> dict[str, int]:
         return {
-            '1': 1,
             'heads': model.heads,
             'dim': model.dim,
             'mlp_dim': model.mlp_dim,
@@ -75,13 +81,17 @@ class TransformerArchitecture(Architecture):
     def told_by_sizes(
         self, fields: Mapping[str, Field], sizes: Mapping[str, int], defaults: Mapping[str, Any]
     ) -> dict[str, Field]:
-        """As in vit-pytorch, dim_head has no default."""
-        return {**fields, **heads_of(fields, sizes['heads x dim_head'], None)}
+        """As in vit-pytorch, dim_head has no default. Where there is no projection, one head has the full width."""
+        return {**fields, **heads_of(fields, sizes.get('heads x dim_head', sizes['dim']), None)}
 
     def known_fields(self, module: Any) -> dict[str, Any]:
         rates = {part.p for part in module.modules() if type(part).__name__ == 'Dropout'}
-        dropout = {'dropout': rates.pop()} if len(rates) == 1 and 'dropout' in self.field_defaults() else {}
+        dropout = {'dropout': rates.pop()} if len(rates) == 1 and 'dropout' in self.own_fields() else {}
         return {'heads': first_attention(module).heads} | dropout
+
+    def smallest(self, module: Any) -> dict[str, Any]:
+        arguments = {'dim_head': 4, **self.whole.smallest(module)}
+        return {name: arguments[name] for name in self.probe}
 
     def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
         import torch
@@ -89,7 +99,7 @@ class TransformerArchitecture(Architecture):
         module = self.torch_class()(**arguments)
         if not model.final_norm:
             module.norm = torch.nn.Identity()
-        return module
+        return self.whole.changed(module, model)
 
     def parts(self, model: Any) -> dict[str, str]:
         parts = {}

@@ -65,6 +65,7 @@ class Way:
     variance: str = 'two-pass'
     statistics: str = 'float64'  # of the norms
     left_out: frozenset[str] = frozenset()  # norms, 'residual', 're-attention'
+    scale: float | None = None  # of queries x keys; None: dim_head**-0.5, whatever it is
     softmax: str = 'float64'
     softmax_axis: int = -1  # of heads, queries, keys
     join: str = 'n (h d)'
@@ -125,20 +126,21 @@ class Way:
     def embedded(self, x: np.ndarray) -> np.ndarray:
         """The tokens with the class token and their positions."""
         if 'cls_token' in self.tensors:
-            tokens = [self.tensors['cls_token'][0], x]
+            tokens = [self.tensors['cls_token'].reshape(1, -1), x]
             x = np.concatenate(tokens if self.class_token == 'first' else tokens[::-1])
         return x + self.tensors['pos_embedding'].reshape(-1, x.shape[1])[: len(x)]
 
     def attention(self, x: np.ndarray, name: str) -> np.ndarray:
         qkv = self.linear(self.norm(x, f'{name}.norm'), f'{name}.to_qkv')
         q, k, v = rearrange(qkv, 'n (qkv h d) -> qkv h n d', qkv=3, h=self.heads)
-        dots = self.product(q, k.swapaxes(1, 2)) * q.shape[-1] ** -0.5
+        dots = self.product(q, k.swapaxes(1, 2)) * (self.scale or q.shape[-1] ** -0.5)
         rounded = ROUNDINGS[self.softmax](dots)
         attn = np.exp(rounded - rounded.max(axis=self.softmax_axis, keepdims=True))
         attn = np.asarray(attn / attn.sum(axis=self.softmax_axis, keepdims=True), np.float64)
         out = self.product(self.reattended(attn, name), v)
         joined = out.reshape(len(x), -1) if self.join == 'reshape' else rearrange(out, f'h n d -> {self.join}')
-        return self.linear(joined, f'{name}.{self.TO_OUT}')
+        out = f'{name}.{self.TO_OUT}'
+        return self.linear(joined, out) if f'{out}.weight' in self.tensors else joined
 
     def reattended(self, attn: np.ndarray, name: str) -> np.ndarray:
         """What becomes of the softmax (heads, queries, keys) before it is multiplied by the values."""
@@ -198,6 +200,15 @@ class Mistake:
     def and_also(self, other: 'Mistake') -> 'Mistake':
         words = f'{self.words} and {other.words}'
         return Mistake(words, {**self.fields, **other.fields}, {**self.tensors, **other.tensors})
+
+
+def class_token_mistakes(right: np.ndarray) -> dict[str, np.ndarray]:
+    """Learned positions (…, tokens, dim), of which the first is the class token's, read wrongly, by the words for it."""
+    return {
+        'if the class token takes the last position': np.roll(right, 1, axis=-2),
+        "if the patches start at the class token's position": np.roll(right, -1, axis=-2),
+        'if the class token gets no position': np.concatenate([0 * right[..., :1, :], right[..., 1:, :]], axis=-2),
+    }
 
 
 def part_inputs(way: Way, image: np.ndarray, outputs: Mapping[str, np.ndarray], part: str) -> list[np.ndarray]:

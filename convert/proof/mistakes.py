@@ -94,8 +94,8 @@ def _mistakes_of_patches(way: Way, tensors: Mapping[str, np.ndarray]) -> Iterato
 def _mistakes_of_attention(way: Way, tensors: Mapping[str, np.ndarray], part: str, tokens: int) -> Iterator[Mistake]:
     qkv_name = f'{part}.to_qkv.weight'
     out_name = f'{part}.{way.TO_OUT}.weight'
-    qkv, out = tensors[qkv_name], tensors[out_name]
-    inner_dim = out.shape[1]
+    qkv = tensors[qkv_name]
+    inner_dim, dim = qkv.shape[0] // 3, qkv.shape[1]
     dim_head = inner_dim // way.heads
 
     def read(split: str) -> dict[str, np.ndarray]:
@@ -110,18 +110,23 @@ def _mistakes_of_attention(way: Way, tensors: Mapping[str, np.ndarray], part: st
         if order != ('q', 'k', 'v'):
             taken = np.concatenate([thirds['qkv'[order.index(name)]] for name in 'qkv'])
             yield Mistake(f'if the thirds of to_qkv are taken as {", ".join(order)}', tensors={qkv_name: taken})
-    joined = {out_name: rearrange(out, 'n (d h) -> n (h d)', h=way.heads)}
-    yield Mistake("if the heads are joined as '(d h)' instead of '(h d)'", tensors=joined)
-    yield Mistake("if '(d h)' is meant instead of '(h d)', split and joined", tensors=read('qkv d h') | joined)
+    if out_name in tensors:
+        joined = {out_name: rearrange(tensors[out_name], 'n (d h) -> n (h d)', h=way.heads)}
+        yield Mistake("if the heads are joined as '(d h)' instead of '(h d)'", tensors=joined)
+        yield Mistake("if '(d h)' is meant instead of '(h d)', split and joined", tensors=read('qkv d h') | joined)
     yield Mistake('if the heads are joined by a reshape without moving their axis', {'join': 'reshape'})
 
+    right = way.scale or dim_head**-0.5
+    roots = {inner_dim: 'heads x dim_head', dim_head: 'dim_head', dim: 'dim'}
     scales = {'without the scale': 1.0, 'with the scale 1 / dim_head': 1 / dim_head}
-    scales |= {f'with the scale {qkv.shape[1]}**-0.5 (dim) instead of {dim_head}**-0.5': qkv.shape[1] ** -0.5}
-    if inner_dim != qkv.shape[1]:
-        scales[f'with the scale {inner_dim}**-0.5 (heads x dim_head) instead of {dim_head}**-0.5'] = inner_dim**-0.5
+    scales |= {
+        f'with the scale {size}**-0.5 ({what}) instead of {right**-2:.0f}**-0.5': size**-0.5
+        for size, what in roots.items()
+        if size**-0.5 != right
+    }
     for words, scale in scales.items():
         # as good as the wrong scale: queries that are larger by as much
-        factors = np.where(np.arange(3 * inner_dim) < inner_dim, scale * dim_head**0.5, 1.0)
+        factors = np.where(np.arange(3 * inner_dim) < inner_dim, scale / right, 1.0)
         yield Mistake(words, tensors={qkv_name: qkv * factors[:, None]})
     yield Mistake('with the softmax over queries instead of keys', {'softmax_axis': -2})
     yield Mistake('with the softmax over heads instead of keys', {'softmax_axis': 0})

@@ -109,6 +109,7 @@ def verify(
     attention: bool = False,
     key: str | None = None,
     part: str | None = None,
+    release: str | None = None,
     **overrides: Any,
 ) -> Report:
     """Run vit-pytorch's module and the Flax model on the same images, in float64 and in `dtype`; compare every block.
@@ -128,6 +129,7 @@ def verify(
         attention: Whether to keep the attention maps of the image whose logits differ most.
         key: Which of several models in the source, by its address.
         part: 'transformer' for the Transformer alone; it takes tokens (batch, tokens, dim) for images.
+        release: The vit-pytorch that wrote it, as of `inspect`.
         **overrides: Fields of the Flax model that the weights don't tell.
 
     Returns:
@@ -139,9 +141,9 @@ def verify(
     """
     dtype = floating_dtype('dtype', dtype).name
     if converted:
-        inspection = with_shared_fields(source, converted[0], key=key, part=part, **overrides)
+        inspection = with_shared_fields(source, converted[0], key=key, part=part, release=release, **overrides)
     else:
-        inspection = inspect(source, key=key, part=part, **overrides)
+        inspection = inspect(source, key=key, part=part, release=release, **overrides)
     random = np.random.default_rng(seed)
     given = images is not None
     with jax.enable_x64(True):
@@ -224,19 +226,17 @@ def measured(
     return outputs, settled(rows, again)
 
 
-def with_shared_fields(
-    source: Any, model: nn.Module, *, key: str | None, part: str | None, **overrides: Any
-) -> Inspection:
+def with_shared_fields(source: Any, model: nn.Module, **arguments: Any) -> Inspection:
     """The inspection of a source, with a converted model's fields where nothing else tells them: assumed, in both.
 
     Raises ConversionError when the model is none of this source.
     """
-    inspection = inspect(source, key=key, part=part, **overrides)
+    inspection = inspect(source, **arguments)
     ours, theirs = type(model).__name__, inspection.layout.model.__name__
     if ours != theirs:
         raise ConversionError(f'The converted model is a {ours}, but {inspection.source} holds a {theirs}.')
     shared = {name for name, field in inspection.fields.items() if field.how in {'unknown', 'assumed'}}
-    inspection = inspect(source, key=key, part=part, **overrides, **{name: getattr(model, name) for name in shared})
+    inspection = inspect(source, **arguments, **{name: getattr(model, name) for name in shared})
     fields = {
         name: Field(field.value, 'assumed', 'as the converted model has it') if name in shared else field
         for name, field in inspection.fields.items()
@@ -257,7 +257,7 @@ def tensors_as_converted(
     ours = {
         rule.name: jax.ShapeDtypeStruct(rule.torch_shape(array.shape), array.dtype) for rule, array in rules.items()
     }
-    tensors = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}
+    tensors = inspection.layout.tensors_of_today(inspection.tensors)
     theirs, common = inspection.model, [name for name in tensors if name in ours]
     misshapen = any(tensors[name].shape != ours[name].shape for name in common)
     if misshapen or labels(model) != labels(theirs):

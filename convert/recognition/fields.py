@@ -31,7 +31,15 @@ def resolve(fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any] | None 
         numbers = given[name] if isinstance(given[name], tuple) else (given[name],)
         if not all(isinstance(number, int) and number > 0 for number in numbers):
             raise ConversionError(f'{name} must be a whole number from 1 up, not {given[name]!r}.')
-    inferred = {name: Field(value, 'inferred', 'the layout of names') for name, value in fit.layout.fields.items()}
+    told = {**fit.told, **fit.layout.fields}
+    inferred = {name: Field(value, 'inferred', 'the layout of names') for name, value in told.items()}
+    open_fields = {
+        name
+        for layout in fit.alike
+        for name in layout.fields
+        if name not in fit.told and len({other.fields.get(name, defaults[name]) for other in fit.alike}) > 1
+    }
+    inferred = {name: field for name, field in inferred.items() if name not in open_fields}
     inferred |= {name: Field(value, 'inferred', 'the module') for name, value in (known or {}).items()}
     inferred['depth'] = Field(fit.depth, 'inferred', 'the number of blocks')
     for name in ('dim', 'mlp_dim', 'num_classes', 'heads'):
@@ -50,7 +58,11 @@ def resolve(fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any] | None 
             raise ConversionError(f'{name}={given[name]!r} contradicts the weights: it is {value!r} by {why}.{advice}')
     fields = architecture.told_by_sizes(fields, fit.sizes, defaults)
     for name, default in defaults.items():
-        if name in architecture.assumed:
+        if name in open_fields:
+            eras = ' and '.join(str(layout) for layout in fit.alike)
+            why = f'{eras} wrote the same names: give release=, that of the training, or {name}='
+            fields.setdefault(name, Field(default, 'assumed', why))
+        elif name in architecture.assumed:
             fields.setdefault(name, Field(default, 'assumed', "vit-pytorch's default"))
         elif name == 'param_dtype':  # unless all tensors have the same
             fields.setdefault(name, Field(np.dtype(default), 'inferred', "the models' default: the tensors differ"))

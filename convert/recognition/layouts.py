@@ -5,8 +5,9 @@ The names and shapes that a layout needs are read off the Flax model itself. `#`
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 from flax import linen as nn
 
@@ -18,16 +19,24 @@ from flax_vit.parameters import param_shapes
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def leaves(layout: Layout, depth: int, *, head: bool = True) -> dict[str, tuple[Leaf, tuple[Axis, ...]]]:
-    """Every parameter of a model of `depth` blocks: by the layout's name, the rule it travels by and its axes."""
+def leaves(
+    layout: Layout, depth: int, *, head: bool = True, told: Mapping[str, Any] | None = None
+) -> dict[str, tuple[Leaf, tuple[Axis, ...]]]:
+    """Every parameter of a model of `depth` blocks: by the layout's name, the rule it travels by and its axes.
+
+    `told`: the fields that names tell, `Fit.told`.
+    """
     architecture = architecture_of(layout.model)
-    probe = layout.model(**{**architecture.probe, **layout.fields, 'depth': depth})
+    probe = layout.model(**{**architecture.probe, **(told or {}), **layout.fields, 'depth': depth})
     quantities = architecture.quantities(probe)
     axes = {axis.size(quantities): axis for axis in architecture.axes}
-    shapes = _shapes(probe)
-    rules = {layout.from_today(rule.name): (rule, shape) for rule, shape in shapes.items()}
+
+    def shape_here(rule: Leaf, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*[1] * (rule.name in layout.batched), *rule.torch_shape(shape))
+
+    rules = {layout.from_today(rule.name): (rule, shape_here(rule, shape)) for rule, shape in _shapes(probe).items()}
     return {
-        name: (rule, tuple(axes[size] for size in rule.torch_shape(shape)))
+        name: (rule, tuple(axes[size] for size in shape))
         for name, (rule, shape) in rules.items()
         if head or not _is_part(name, _head(layout))
     }
@@ -39,9 +48,11 @@ def _shapes(probe: nn.Module) -> dict[Leaf, tuple[int, ...]]:
 
 
 @cache
-def template(layout: Layout, *, head: bool = True) -> dict[str, tuple[Axis, ...]]:
+def template(
+    layout: Layout, *, head: bool = True, told: tuple[tuple[str, Any], ...] = ()
+) -> dict[str, tuple[Axis, ...]]:
     """The layout's names, with `#` for the number of a block, and what the axes of each hold."""
-    return {pattern(name): axes for name, (_, axes) in leaves(layout, depth=1, head=head).items()}
+    return {pattern(name): axes for name, (_, axes) in leaves(layout, 1, head=head, told=dict(told)).items()}
 
 
 @cache
@@ -79,6 +90,8 @@ class Fit:
     problems: Sequence[str]  # a line for each name that is missing, left over or misshapen
     body: bool  # all but the head fits
     advice: str  # what to do about the problems, where that can be told
+    told: Mapping[str, Any]  # fields of the model that the names tell
+    alike: Sequence[Layout]  # those that fit as well: they have the same names and shapes, for another function
 
     @property
     def difference(self) -> str:
@@ -102,8 +115,11 @@ def fit(layout: Layout, shapes: Shapes, *, head: bool = True) -> Fit:
 
     The size of each quantity is what most of the axes that hold it say, so that an odd one out is what gets reported.
     """
-    axes = template(layout, head=head)
-    patterns = {name: pattern(name) for name in shapes if head or not _is_part(name, _head(layout))}
+    told = architecture_of(layout.model).told_by_names(layout, shapes)
+    axes = template(layout, head=head, told=tuple(told.items()))
+    named = {name: pattern(name) for name in shapes if head or not _is_part(name, _head(layout))}
+    # what has no elements, and should not be there, is nothing
+    patterns = {name: found for name, found in named.items() if found in axes or 0 not in shapes[name]}
     depth = len({block_number(name) for name, found in patterns.items() if found in axes} - {None})
     votes: dict[str, Counter[int]] = defaultdict(Counter)
     for name, found in patterns.items():
@@ -123,7 +139,7 @@ def fit(layout: Layout, shapes: Shapes, *, head: bool = True) -> Fit:
     different = {name for name in expected.keys() | patterns.keys() if expected.get(name) != found_shapes.get(name)}
     body = all(_is_part(name, _head(layout)) for name in different)
     advice = _advice(layout, expected.keys(), different) if problems else ''
-    return Fit(layout, list(expected), depth, sizes, problems, body, advice)
+    return Fit(layout, list(expected), depth, sizes, problems, body, advice, told, [layout])
 
 
 def _advice(layout: Layout, expected: Set[str], different: Set[str]) -> str:
@@ -157,4 +173,5 @@ def _is_part(name: str, module: str) -> bool:
 def best_fit(shapes: Shapes, layouts: tuple[Layout, ...], *, head: bool = True) -> Fit:
     """The layout that fits but for the head, else the one with the fewest problems."""
     fits = [fit(layout, shapes, head=head) for layout in layouts]
-    return min(fits, key=lambda fit: (not fit.body, len(fit.problems)))
+    best = min(fits, key=lambda fit: (not fit.body, len(fit.problems)))
+    return best if best.problems else replace(best, alike=[fit.layout for fit in fits if not fit.problems])

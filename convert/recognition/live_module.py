@@ -68,7 +68,7 @@ def check_parts(module: Any) -> None:
     parts = dict(module.named_modules(remove_duplicate=False))
     depth = sum(re.fullmatch(r'(transformer\.)?layers\.\d+', name) is not None for name in parts)
     with torch.device('meta'):  # it takes no memory, and no numbers from the random generator
-        new = type(module)(depth=depth, **architecture_of_module(module).torch_arguments)
+        new = type(module)(**architecture_of_module(module).smallest(module), depth=depth)
     expected = {name: signature(part) for name, part in new.named_modules(remove_duplicate=False)}
     found = {name: signature(part) for name, part in parts.items()}
     head = architecture_of_module(module).model.HEAD

@@ -73,16 +73,19 @@ class Unwrapped:
     left_aside: Mapping[str, str]  # group -> what it holds
 
 
-def unwrap(tree: Any, *, key: str | None = None, part: str | None = None, head: bool = True) -> Unwrapped:
+def unwrap(
+    tree: Any, *, key: str | None = None, part: str | None = None, release: str | None = None, head: bool = True
+) -> Unwrapped:
     """The only model in `tree`, or the one at the address `key` or inside it; without its head if `head` is False.
 
-    With `part` 'transformer' it is the only Transformer; it need not be said where there is nothing else.
+    With `part` 'transformer' it is the only Transformer; it need not be said where there is nothing else. With
+    `release`, only the layouts of that release are tried.
 
     Raises ConversionError when there is none, when several differ, or when the best is incomplete or has a name that
     no layout explains.
     """
     leaves = list(walk(tree))
-    found = candidates(leaves, key, layouts_of_all(part), head=head)
+    found = candidates(leaves, key, layouts_of_all(part, release), head=head)
     if key is not None:
         chosen = [candidate for candidate in found if _is_at(candidate.place, key)]
         chosen = [candidate for candidate in chosen if candidate.place.key == key] or chosen
@@ -95,7 +98,7 @@ def unwrap(tree: Any, *, key: str | None = None, part: str | None = None, head: 
     if not different and part is None:
         alone = distinct(
             candidate
-            for candidate in candidates(leaves, key, layouts_of_all('transformer'), head=head)
+            for candidate in candidates(leaves, key, layouts_of_all('transformer', release), head=head)
             if not candidate.fit.problems
         )
         if len(alone) == 1 and not left_aside(leaves, alone[0]):
@@ -201,7 +204,7 @@ def left_aside(leaves: Iterable[Item], model: Candidate) -> dict[str, str]:
         path = (*leaf.container, *leaf.name.split('.'))
         if path[-1] in BOOKKEEPING:
             groups[path[-1]].append(leaf.value)
-        elif path not in parts:
+        elif path not in parts and not (isinstance(leaf.value, np.ndarray) and leaf.value.size == 0):
             shared = next(
                 (i for i, (a, b) in enumerate(zip(path, address, strict=False)) if a != b),
                 min(len(path) - 1, len(address)),

@@ -1,0 +1,240 @@
+"""ViT (Dosovitskiy et al. 2020, arXiv:2010.11929) as vit-pytorch computes it: `vit_pytorch/vit.py`.
+
+Submodules have the PyTorch names in the PyTorch order, so that PyTorch's `transformer.layers.3.1.net.4.weight`
+is `transformer/layers_3_1/net_4/kernel` here.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from jax import Array
+from jaxtyping import Float, Shaped
+
+from flax_vit import layers
+from flax_vit.layers import (
+    FeedForward,
+    Identity,
+    Layer,
+    add,
+    check_divisible,
+    check_options,
+    check_pool,
+    check_rates,
+    check_sizes,
+    check_switches,
+    embedding_of_smaller_images,
+    gelu,
+    grid_of,
+    in_query_chunks,
+    pair,
+    sequential,
+    weigh,
+    with_class_token,
+)
+from flax_vit.sharding import laid_out_by_the_compiler
+
+
+class Attention(Layer):
+    dim: int
+    heads: int
+    dim_head: int
+    dropout: float
+    scale: float
+    project_out: bool
+    query_chunk_size: int | None
+
+    def setup(self) -> None:
+        inner_dim = self.heads * self.dim_head
+        self.norm = self.layer_norm()
+        self.attend = Identity()  # names the attention map
+        self.attention_dropout = nn.Dropout(self.dropout)
+        self.to_qkv = self.linear(self.dim, 3 * inner_dim, bias=False)
+        self.to_out = [self.linear(inner_dim, self.dim), nn.Dropout(self.dropout)] if self.project_out else []
+
+    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+        qkv = self.to_qkv(self.norm(x))
+        q, k, v = jnp.unstack(rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads))
+
+        out = in_query_chunks(self, partial(Attention.weigh, train=train), q, k, v, self.query_chunk_size)
+        return sequential(self.to_out, rearrange(out, 'b h n d -> b n (h d)'), train=train)
+
+    @nn.nowrap
+    def weigh(
+        self,
+        q: Float[Array, 'batch heads i d'],
+        k: Float[Array, 'batch heads j d'],
+        v: Float[Array, 'batch heads j d'],
+        *,
+        train: bool,
+    ) -> Float[Array, 'batch heads i d']:
+        def attend(softmax: Array) -> Array:
+            return self.attention_dropout(self.attend(softmax), deterministic=not train)
+
+        return weigh(q, k, v, attend=attend, scale=self.scale, precision=self.precision)
+
+
+class Transformer(layers.Transformer):
+    """ViT's, of tokens (batch, tokens, dim)."""
+
+    dropout: float = 0.0
+    # What releases computed differently, see `ViT`.
+    project_out: bool | None = None
+    scale_by_dim: bool = False
+
+    def __post_init__(self) -> None:
+        check_rates(self, 'dropout')
+        settle_projection(self)
+        check_switches(self, 'scale_by_dim')
+        super().__post_init__()
+
+    @nn.nowrap
+    def block(self) -> list[nn.Module]:
+        attention = Attention(
+            dim=self.dim,
+            heads=self.heads,
+            dim_head=self.dim_head,
+            dropout=self.dropout,
+            scale=(self.dim if self.scale_by_dim else self.dim_head) ** -0.5,
+            project_out=bool(self.project_out),
+            query_chunk_size=self.query_chunk_size,
+            **self.numerics,
+            parent=None,
+        )
+        feed_forward = FeedForward(
+            dim=self.dim, hidden_dim=self.mlp_dim, dropout=self.dropout, **self.numerics, parent=None
+        )
+        return [attention, feed_forward]
+
+
+def settle_projection(model: Any) -> None:
+    """A `project_out` of None becomes what today's vit-pytorch does. ValueError for False where it can't be."""
+    full_width = model.heads == 1 and model.dim_head == model.dim
+    if model.project_out is None:
+        model.project_out = not full_width
+    check_switches(model, 'project_out')
+    if not (model.project_out or full_width):
+        raise ValueError(
+            f'{type(model).__name__}: project_out=False is for one head of the full width, heads=1 and '
+            f'dim_head={model.dim}, not for heads={model.heads} and dim_head={model.dim_head}.'
+        )
+
+
+class ViT(Layer):
+    """A vision transformer with learned positions, a class token and dropout: vit-pytorch's `ViT` of any release.
+
+    The arguments are vit-pytorch's, with its defaults; `dtype`, `param_dtype` and `precision` are linen's.
+    Raises ValueError when the fields make no model, and when the images it is called with don't fit.
+    """
+
+    HEAD: ClassVar[str] = 'mlp_head'
+    TRANSFORMER: ClassVar[type[nn.Module]] = Transformer
+    POSITIONS: ClassVar[str | None] = 'pos_embedding'
+    MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps
+    SAME_WEIGHTS: ClassVar[Sequence[str]] = (
+        'heads',
+        'dim_head',
+        'pool',
+        'scale_by_dim',
+    )  # make other functions of them
+
+    image_size: int | tuple[int, int]  # pixels, (height, width) when not square; smaller images use the first positions
+    patch_size: int | tuple[int, int]
+    num_classes: int  # 0: no head, the result is the pooled features (batch, dim)
+    dim: int
+    depth: int
+    heads: int
+    mlp_dim: int
+    pool: str = 'cls'  # 'cls': the class token; 'mean': the mean of all tokens
+    channels: int = 3
+    dim_head: int = 64
+    dropout: float = 0.0
+    emb_dropout: float = 0.0
+    # What releases of vit-pytorch computed differently. None: as today's does.
+    patch_norm: bool = True  # LayerNorms round the patch projection; before 1.0.0 none
+    norm_after_mean: bool = False  # before 1.4.0: pooled first, then a LayerNorm in the head; all the same to 'cls'
+    class_token: bool | None = None  # None: with pool 'cls' alone; before 1.16.0 always, and in the mean
+    project_out: bool | None = None  # None: unless one head has the full width, dim; before 0.7.4 always
+    scale_by_dim: bool = False  # before 0.6.7: the attention's scale was dim**-0.5, not dim_head**-0.5
+    hidden_head: bool = False  # before 0.3.0: a hidden layer of mlp_dim in the head
+    query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
+    remat: bool = False  # the backward pass computes each layer's inside anew, instead of keeping it
+    scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`
+
+    def __post_init__(self) -> None:
+        check_sizes(self, pairs=('image_size', 'patch_size'), image_size=1, patch_size=1, channels=1)
+        check_sizes(self, num_classes=0, dim=1, depth=1, heads=1, mlp_dim=1, dim_head=1)
+        check_divisible(self, pair(self.image_size), pair(self.patch_size))
+        check_pool(self)
+        check_rates(self, 'dropout', 'emb_dropout')
+        check_options(self)
+        if self.class_token is None:
+            self.class_token = self.pool == 'cls'
+        settle_projection(self)
+        check_switches(self, 'patch_norm', 'norm_after_mean', 'class_token', 'scale_by_dim', 'hidden_head')
+        if self.pool == 'cls' and not self.class_token:
+            raise ValueError("ViT: pool='cls' takes the class token, so there must be one: class_token=True.")
+        if self.hidden_head and not self.norm_after_mean:
+            raise ValueError('ViT: hidden_head=True is of releases that had norm_after_mean=True.')
+        super().__post_init__()
+
+    def setup(self) -> None:
+        self.to_patch_embedding = embedding_of_smaller_images(self)
+        normal = nn.initializers.normal(1.0)
+        tokens = math.prod(grid_of(self)) + bool(self.class_token)
+        if self.class_token:
+            self.cls_token = self.param('cls_token', normal, (1, self.dim), self.param_dtype)
+        self.pos_embedding = self.param('pos_embedding', normal, (tokens, self.dim), self.param_dtype)
+        self.embedding_dropout = nn.Dropout(self.emb_dropout)
+        self.transformer = self.transformer_alone()
+        self.to_latent = Identity()
+        if self.num_classes:
+            hidden = [self.linear(self.dim, self.mlp_dim), gelu, nn.Dropout(self.dropout)] if self.hidden_head else []
+            head = self.linear(self.mlp_dim if self.hidden_head else self.dim, self.num_classes)
+            self.mlp_head: Any = [self.layer_norm(), *hidden, head] if self.norm_after_mean else head
+
+    @nn.nowrap
+    def transformer_alone(self) -> Transformer:
+        """Its Transformer, nobody's child."""
+        return Transformer(
+            dim=self.dim,
+            depth=self.depth,
+            heads=self.heads,
+            dim_head=self.dim_head,
+            mlp_dim=self.mlp_dim,
+            dropout=self.dropout,
+            project_out=self.project_out,
+            scale_by_dim=self.scale_by_dim,
+            final_norm=not self.norm_after_mean,
+            query_chunk_size=self.query_chunk_size,
+            remat=self.remat,
+            scan_layers=self.scan_layers,
+            **self.numerics,
+            parent=None,
+        )
+
+    @laid_out_by_the_compiler
+    def __call__(
+        self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
+    ) -> Float[Array, 'batch outputs']:
+        """Logits (batch, num_classes) of images (batch, height, width, channels) or (batch, channels, height, width).
+
+        With `train`, the dropout needs `rngs={'dropout': key}`.
+        """
+        x = sequential(self.to_patch_embedding, images, train=train)
+        tokens = [self.cls_token] if self.class_token else []
+        x = x.astype(nn.dtypes.canonicalize_dtype(x, *tokens, self.pos_embedding, dtype=self.dtype))
+        for token in tokens:
+            x = with_class_token(x, token)
+        x = add(x, self.pos_embedding[: x.shape[1]])
+        x = self.embedding_dropout(x, deterministic=not train)
+        x = self.transformer(x, train=train)
+        x = self.to_latent(x.mean(axis=1) if self.pool == 'mean' else x[:, 0])
+        if not self.num_classes:
+            return x
+        return sequential(self.mlp_head, x, train=train) if self.norm_after_mean else self.mlp_head(x)
