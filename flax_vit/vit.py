@@ -161,7 +161,7 @@ class ViT(Layer):
                 dim_head=self.dim_head,
                 dropout=self.dropout,
                 scale=(self.dim if self.scale_by_dim else self.dim_head) ** -0.5,
-                project_out=self.project_out,
+                project_out=bool(self.project_out),
                 query_chunk_size=self.query_chunk_size,
                 **self.numerics,
             ),

@@ -285,10 +285,8 @@ def heads_of(fields: Mapping[str, Field], inner_dim: int, default: int | None) -
             'heads': Field(inner_dim // default, 'assumed', why),
         }
     choices = ', '.join(f'heads={n} if dim_head is {inner_dim // n}' for n in range(1, 33) if inner_dim % n == 0)
-    default_fails = (
-        f"vit-pytorch's default dim_head {default} does not divide it" if default else 'heads has no default'
-    )
-    why = f'{arithmetic}, and {default_fails}: {choices}'
+    lack = f"vit-pytorch's default dim_head {default} does not divide it" if default else 'dim_head had no default then'
+    why = f'{arithmetic}, and {lack}: {choices}'
     return {'heads': Field(None, 'unknown', why), 'dim_head': Field(None, 'unknown')}
 
 
