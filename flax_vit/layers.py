@@ -446,9 +446,10 @@ def patch_embedding(model: Any, *, sizes: str, fits: Callable[[int, int], bool])
 def embedding_of_smaller_images(model: Any) -> list[Any]:
     """`patch_embedding` of a model with learned positions, of which images with fewer patches take the first."""
     (rows, columns), patches = pair(model.patch_size), math.prod(grid_of(model))
+    sides = rows if rows == columns else (rows, columns)
     return patch_embedding(
         model,
-        sizes=f'height and width multiples of {rows if rows == columns else (rows, columns)}, at most {patches} patches of {rows} x {columns}',
+        sizes=f'height and width multiples of {sides}, at most {patches} patches of {rows} x {columns}',
         fits=lambda height, width: (
             height % rows == 0 and width % columns == 0 and 0 < (height // rows) * (width // columns) <= patches
         ),

@@ -21,7 +21,7 @@ from flax_vit.stacking import Path, stacked_path, unstack_layers
 class Features(NamedTuple):
     """What a model computes on the way, in its own dtype; a pytree. Mappings have the blocks' numbers as asked for.
 
-    In DeepViT the first of the tokens, of the queries and of the keys is the class token.
+    In ViT, where it has one, and in DeepViT the first of the tokens, of the queries and of the keys is the class token.
     """
 
     logits: Float[Array, 'batch outputs']

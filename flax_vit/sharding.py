@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r'to_out(_0)?/kernel$', PartitionSpec('model', None)),
     (r'net_1/kernel$', PartitionSpec(None, 'model')),
     (r'net_1/bias$', PartitionSpec('model')),
-    (r'net_[34]/kernel$', PartitionSpec('model', None)),
+    (r'(net_[34]|mlp_head_4)/kernel$', PartitionSpec('model', None)),
     (r'(linear|mlp)_head(_1)?/kernel$', PartitionSpec(None, 'model')),
 )
 

@@ -195,7 +195,7 @@ class SimpleViT(Layer):
     ) -> Float[Array, 'batch outputs']:
         """Logits (batch, num_classes) of images (batch, height, width, channels) or (batch, channels, height, width).
 
-        `train` is there for DeepViT's sake: SimpleViT computes the same in training.
+        `train` is there for ViT's and DeepViT's sake: SimpleViT computes the same in training.
         """
         x = sequential(self.to_patch_embedding, images, train=train)
         x = x + self.pos_embedding()[None].astype(x.dtype)

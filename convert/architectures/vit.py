@@ -101,7 +101,7 @@ class ViTArchitecture(Architecture):
         Axis('patches'),
         Axis('patches', offset=1),
     )
-    probe = {**Architecture.probe, 'dim_head': 20}  # dim, as where there is no projection
+    probe: Mapping[str, Any] = {**Architecture.probe, 'dim_head': 20}  # dim, as where there is no projection
     assumed = frozenset({'pool', 'dropout', 'emb_dropout'})
     attention_maps = (AttentionMap('attend', 'attend'),)
     way = ViTWay
@@ -132,7 +132,7 @@ class ViTArchitecture(Architecture):
     def told_by_sizes(
         self, fields: Mapping[str, Field], sizes: Mapping[str, int], defaults: Mapping[str, Any]
     ) -> dict[str, Field]:
-        """Without a projection, one head has the full width; dim_head had no default in the releases of hidden heads."""
+        """Without a projection, one head has the full width; in the releases of hidden heads, dim_head no default."""
         hidden = 'hidden_head' in fields and fields['hidden_head'].value
         return super().told_by_sizes(
             fields,
@@ -141,7 +141,7 @@ class ViTArchitecture(Architecture):
         )
 
     def image_size(self, fields: Mapping[str, Field], sizes: Mapping[str, int]) -> dict[str, Field]:
-        """pos_embedding has a row for the class token, if there is one, and for each patch: a square's, if it can be."""
+        """pos_embedding has a row for each patch, of a square if that can be, beside the class token's."""
         image_size, patch_size, patches = fields.get('image_size'), fields['patch_size'], sizes['patches']
         if patch_size.value is None:
             return {} if image_size else {'image_size': Field(None, 'unknown')}
@@ -159,7 +159,9 @@ class ViTArchitecture(Architecture):
         if side**2 == patches:
             size = one_or_pair((side * rows, side * columns))
             why = f'{side} x {side} patches of {patch_size.value}, if the images are square'
-            return {'image_size': Field(size, 'assumed', why)}
+            # Oblong images of as many patches are computed the same. Only what a file may say of them is still asked.
+            live = 'emb_dropout' in fields and fields['emb_dropout'].how == 'inferred'
+            return {'image_size': Field(size, 'inferred' if live else 'assumed', why)}
         choices = ', '.join(
             str((height * rows, patches // height * columns))
             for height in range(1, patches + 1)

@@ -139,8 +139,8 @@ class Way:
         attn = np.asarray(attn / attn.sum(axis=self.softmax_axis, keepdims=True), np.float64)
         out = self.product(self.reattended(attn, name), v)
         joined = out.reshape(len(x), -1) if self.join == 'reshape' else rearrange(out, f'h n d -> {self.join}')
-        out = f'{name}.{self.TO_OUT}'
-        return self.linear(joined, out) if f'{out}.weight' in self.tensors else joined
+        projection = f'{name}.{self.TO_OUT}'
+        return self.linear(joined, projection) if f'{projection}.weight' in self.tensors else joined
 
     def reattended(self, attn: np.ndarray, name: str) -> np.ndarray:
         """What becomes of the softmax (heads, queries, keys) before it is multiplied by the values."""
@@ -203,7 +203,7 @@ class Mistake:
 
 
 def class_token_mistakes(right: np.ndarray) -> dict[str, np.ndarray]:
-    """Learned positions (…, tokens, dim), of which the first is the class token's, read wrongly, by the words for it."""
+    """Learned positions (…, tokens, dim) read wrongly, by the words for it; the first is the class token's."""
     return {
         'if the class token takes the last position': np.roll(right, 1, axis=-2),
         "if the patches start at the class token's position": np.roll(right, -1, axis=-2),

@@ -57,10 +57,15 @@ RELATIVES = (
     Relative('ViT with rotary positions (vit_nd_rotary, levjepa)', r'rotary_emb\.freqs'),
     Relative('ViT with polar positions (vit_nd_pope)', r'polar_emb\.freqs'),
     Relative('ViViT (vit_pytorch.vivit)', r'(spatial|temporal)_transformer\.norm\.weight'),
+    Relative('ViT of one axis, or one that pools otherwise (vit_1d, vit_detpool)', r'cls_token', dimensions=1),
+    Relative('ViT with queries apart from keys and values (learnable_memory_vit, mp3)', r'\d\.0\.to_kv\.weight'),
     Relative(
-        'a transformer without the re-attention of DeepViT: ViT (vit_pytorch.vit) or a relative of it',
-        r'layers\.\d+\.0\.(fn\.)*to_out\.0\.weight',
-        without=r'reattn_weights',
+        'ViT with decorrelation (vit_with_decorr)', r'layers\.\d+\.1\.norm\.weight', without=r'1\.fn\.net\.0\.weight'
+    ),
+    Relative(
+        'ViT for video, or one that drops patches (vit_3d, vit_with_patch_dropout)',
+        r'layers\.\d+\.1\.net\.4\.weight',
+        without=r'reattn_weights|transformer\.norm\.weight',
     ),
     # others
     Relative('the official DeepViT (zhoudaquan/dvit_repo)', r'attn\.(reatten_matrix|var_norm)\.weight'),

@@ -80,16 +80,17 @@ def positions_of(model_class: Any) -> str | None:
 
 
 def resize_positions(table: np.ndarray, old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
-    """Learned positions (1, tokens, dim) of an `old` grid of patches, (rows, columns), for a `new` one.
+    """Learned positions (…, tokens, dim) of an `old` grid of patches, (rows, columns), for a `new` one.
 
     Bicubic, as `torch.nn.functional.interpolate(…, size=new, mode='bicubic')` computes it, without antialiasing. What
     comes before the patches' positions, a class token's, is kept.
     """
     table = np.asarray(table, np.promote_types(table.dtype, np.float32))
-    others = table.shape[1] - math.prod(old)
-    patches = jnp.asarray(table[0, others:].reshape(*old, -1))
-    resized = jax.image.resize(patches, (*new, table.shape[2]), 'cubic-pytorch', antialias=False)
-    return np.concatenate([table[:, :others], np.asarray(resized).reshape(1, math.prod(new), -1)], axis=1)
+    *batch, tokens, dim = table.shape
+    others = tokens - math.prod(old)
+    patches = jnp.asarray(table[..., others:, :].reshape(*old, dim))
+    resized = jax.image.resize(patches, (*new, dim), 'cubic-pytorch', antialias=False)
+    return np.concatenate([table[..., :others, :], np.asarray(resized).reshape(*batch, math.prod(new), dim)], axis=-2)
 
 
 def initial(model: nn.Module, paths: Collection[str], key: Array, shardings: Mapping[str, Any]) -> dict[str, Array]:

@@ -20,8 +20,8 @@ from scipy import stats
 
 import convert
 from flax_vit import DeepViT, SimpleViT
-from flax_vit.deep_vit import FeedForward, HeadNorm
-from flax_vit.layers import Linear, gelu, softmax
+from flax_vit.deep_vit import HeadNorm
+from flax_vit.layers import FeedForward, Linear, gelu, softmax
 from flax_vit.simple_vit import Attention
 from parity_tests.support.reference import (
     CONFIGURATIONS,

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel
-from vit_pytorch import MAE, Dino, deepvit, simple_flash_attn_vit, simple_vit, simple_vit_with_patch_dropout
+from vit_pytorch import MAE, Dino, ViT, deepvit, simple_flash_attn_vit, simple_vit, simple_vit_with_patch_dropout
 from vit_pytorch.accept_video_wrapper import AcceptVideoWrapper
+from vit_pytorch.distill import DistillableViT, DistillWrapper
 from vit_pytorch.extractor import Extractor
 from vit_pytorch.lejepa import LeJEPA
 from vit_pytorch.recorder import Recorder
+from vit_pytorch.simmim import SimMIM
 from vit_pytorch.simple_vit_with_register_tokens import SimpleViT as WithRegisterTokens
 
 import convert
@@ -26,8 +28,12 @@ from parity_tests.support.reference import FLOAT64_BOUND, channels_first, pertur
 
 FIELDS: dict[str, Any] = {'image_size': 8, 'patch_size': 4, 'num_classes': 5, 'dim': 16, 'depth': 2, 'heads': 3}
 FIELDS |= {'mlp_dim': 20, 'dim_head': 7}
-MODELS: dict[str, type[torch.nn.Module]] = {'SimpleViT': simple_vit.SimpleViT, 'DeepViT': deepvit.DeepViT}
-both_models = pytest.mark.parametrize('model', MODELS)
+MODELS: dict[str, type[torch.nn.Module]] = {
+    'ViT': ViT,
+    'SimpleViT': simple_vit.SimpleViT,
+    'DeepViT': deepvit.DeepViT,
+}
+every_model = pytest.mark.parametrize('model', MODELS)
 Tensors = dict[str, torch.Tensor]
 
 
@@ -79,6 +85,10 @@ def mae(inner: torch.nn.Module) -> torch.nn.Module:
     return MAE(encoder=inner, decoder_dim=16, masking_ratio=0.5, decoder_depth=2)
 
 
+def simmim(inner: torch.nn.Module) -> torch.nn.Module:
+    return SimMIM(encoder=inner)
+
+
 def video(inner: torch.nn.Module) -> torch.nn.Module:
     return AcceptVideoWrapper(inner, add_time_pos_emb=True, dim_emb=16, time_seq_len=4, output_pos_add_pos_emb=0)
 
@@ -97,6 +107,7 @@ TRANSPARENT: dict[str, tuple[Callable[..., Any], str, list[str]]] = {
 # Modules that compute something else around it.
 AROUND: dict[str, tuple[Callable[..., Any], str, list[str]]] = {
     'MAE': (mae, 'encoder', ['mask_token', 'patch_to_emb', 'decoder', 'decoder_pos_emb', 'to_pixels']),
+    'SimMIM': (simmim, 'encoder', ['mask_token', 'patch_to_emb', 'to_pixels']),
     'Dino': (dino, 'net', ['teacher_centers', 'last_teacher_centers', 'student_encoder', 'teacher_encoder']),
     'LeJEPA': (lejepa, 'net', ['encoder']),
     'Extractor': (Extractor, 'vit', []),
@@ -107,7 +118,7 @@ AROUND: dict[str, tuple[Callable[..., Any], str, list[str]]] = {
 }
 
 
-@both_models
+@every_model
 @pytest.mark.parametrize('wrapper', TRANSPARENT | AROUND)
 def test_the_state_dict_of_a_wrapper(model: str, wrapper: str, tmp_path: Path) -> None:
     wrap, address, left_aside = (TRANSPARENT | AROUND)[wrapper]
@@ -119,7 +130,7 @@ def test_the_state_dict_of_a_wrapper(model: str, wrapper: str, tmp_path: Path) -
     assert_same(inspection.tensors, inner.state_dict())
 
 
-@both_models
+@every_model
 @pytest.mark.parametrize('wrapper', TRANSPARENT)
 def test_a_live_wrapper_that_computes_the_same(model: str, wrapper: str) -> None:
     wrap, *_ = TRANSPARENT[wrapper]
@@ -127,6 +138,19 @@ def test_a_live_wrapper_that_computes_the_same(model: str, wrapper: str) -> None
     inspection = inspect(wrap(inner))
     assert inspection.model == inspect(inner).model
     assert_same(inspection.tensors, inner.state_dict())
+
+
+def test_a_distilled_vit_is_the_student(float64: None) -> None:
+    """Its state dict inside DistillWrapper's, and the live module itself."""
+    student = perturbed(DistillableViT(**FIELDS)).double()
+    teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 5))
+    inspection = inspect(DistillWrapper(teacher=teacher, student=student).state_dict())
+    assert inspection.unwrapped.address == 'student'
+    assert list(inspection.unwrapped.left_aside) == ['distillation_token', 'teacher', 'distill_mlp']
+    assert_same(inspection.tensors, student.state_dict())
+    model, variables = convert.from_torch(student)
+    images = np.random.default_rng(0).standard_normal((2, 8, 8, 3))
+    assert relative_error(model.apply(variables, images), to_numpy(student(channels_first(images)))) <= FLOAT64_BOUND
 
 
 @pytest.mark.parametrize('wrapper', AROUND)
@@ -250,7 +274,7 @@ TRAINERS: dict[str, tuple[Callable[[torch.nn.Module], dict[Any, Any]], str, dict
 }  # fmt: skip
 
 
-@both_models
+@every_model
 @pytest.mark.parametrize('trainer', TRAINERS)
 def test_a_trainers_checkpoint(model: str, trainer: str, tmp_path: Path) -> None:
     save, address, left_aside = TRAINERS[trainer]
@@ -404,7 +428,7 @@ def test_two_tensors_of_one_name_are_an_error() -> None:
 # ---- incomplete, replaced, more than a model
 
 
-@both_models
+@every_model
 def test_a_head_that_was_cut_off(model: str, float64: None) -> None:
     """The converter says what helps, and the pooled features come out."""
     inner: Any = module(model).double()
@@ -430,7 +454,7 @@ def linear_probe(inner: Any) -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Dropout(), torch.nn.Linear(16, 3))
 
 
-@both_models
+@every_model
 @pytest.mark.parametrize('new', [linear_probe, lambda _: torch.nn.Linear(16, 3, bias=False)], ids=['probe', 'no bias'])
 def test_a_head_that_was_replaced(model: str, new: Any) -> None:
     inner: Any = module(model)
@@ -450,7 +474,7 @@ def test_a_head_that_was_replaced(model: str, new: Any) -> None:
     assert_same(inspect(inner).tensors, body)
 
 
-@both_models
+@every_model
 def test_a_new_head_beside_the_model(model: str) -> None:
     inner = module(model)
     head = 'linear_head' if model == 'SimpleViT' else 'mlp_head'

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import vit_pytorch.deepvit
 import vit_pytorch.simple_vit
+import vit_pytorch.vit
 from einops import rearrange
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -46,6 +47,10 @@ def deep_vit(image: tuple[int, int], **fields: Any) -> Configuration:
 def simple_vit(**fields: Any) -> Configuration:
     size = fields['image_size']
     return Configuration('SimpleViT', fields, size if isinstance(size, tuple) else (size, size))
+
+
+def vit(image: tuple[int, int], **fields: Any) -> Configuration:
+    return Configuration('ViT', fields, image)
 
 
 # In every configuration the sizes that could be taken for each other differ; each has its own peculiarity besides.
@@ -100,6 +105,28 @@ CONFIGURATIONS = {
     'simple-wide': simple_vit(
         image_size=(32, 48), patch_size=8, num_classes=100, dim=128, depth=4, heads=8, mlp_dim=192, dim_head=24
     ),
+    'vit-plain': vit(
+        (21, 21), image_size=21, patch_size=7, num_classes=5, dim=18, depth=2, heads=3, mlp_dim=13, dim_head=4
+    ),
+    'vit-oblong': vit(
+        (12, 20), image_size=(12, 20), patch_size=(3, 5), num_classes=7, dim=22, depth=2, heads=5, mlp_dim=9,
+        dim_head=6, channels=2, pool='mean',
+    ),
+    'vit-one-of-each': vit(
+        (10, 10), image_size=10, patch_size=5, num_classes=1, dim=9, depth=1, heads=1, mlp_dim=11, dim_head=7,
+        channels=1,
+    ),
+    'vit-one-head-of-full-width': vit(
+        (8, 8), image_size=8, patch_size=2, num_classes=9, dim=23, depth=2, heads=1, mlp_dim=10, dim_head=23,
+        dropout=0.3, emb_dropout=0.2,
+    ),
+    'vit-smaller-oblong': vit(
+        (8, 18), image_size=(20, 24), patch_size=(4, 6), num_classes=6, dim=15, depth=2, heads=5, mlp_dim=21,
+        dim_head=3, pool='mean',
+    ),
+    'vit-wide': vit(
+        (32, 32), image_size=32, patch_size=8, num_classes=100, dim=128, depth=4, heads=8, mlp_dim=192, dim_head=24
+    ),
 }  # fmt: skip
 
 
@@ -150,7 +177,8 @@ def perturbed(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def pytorch(configuration: Configuration, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.nn.Module:
     """vit-pytorch's module, perturbed. In float64 it gets the port's sincos table; the tables are compared apart."""
-    package = {'DeepViT': vit_pytorch.deepvit, 'SimpleViT': vit_pytorch.simple_vit}[configuration.architecture]
+    packages = {'DeepViT': vit_pytorch.deepvit, 'SimpleViT': vit_pytorch.simple_vit, 'ViT': vit_pytorch.vit}
+    package = packages[configuration.architecture]
     module = getattr(package, configuration.architecture)(**configuration.fields).to(dtype)
     if configuration.architecture == 'SimpleViT' and dtype == torch.float64:
         module.pos_embedding = port_table(configuration)
@@ -162,7 +190,8 @@ def converted(
 ) -> tuple[torch.nn.Module, nn.Module, Any]:
     """The perturbed module, and the port with its weights, whose matrix products are exact on any device."""
     module = pytorch(configuration, dtype, seed)
-    return module, *convert.from_torch(module, precision='highest', **options)
+    told = {'image_size': configuration.fields['image_size']} if configuration.architecture == 'ViT' else {}
+    return module, *convert.from_torch(module, precision='highest', **told, **options)
 
 
 def port_table(configuration: Configuration) -> torch.Tensor:
@@ -281,7 +310,7 @@ def gradient_errors(module: torch.nn.Module, model: nn.Module, variables: Any, i
     logits = module(inputs)
     weights = np.random.default_rng(1).standard_normal(logits.shape)
     (logits * torch.tensor(weights)).sum().backward()
-    theirs = {name: parameter.grad for name, parameter in module.named_parameters()}
+    theirs = {name: parameter.grad for name, parameter in module.named_parameters() if parameter.numel()}
     truth = {name: to_numpy(grad) for name, grad in (theirs | {'images': inputs.grad}).items() if grad is not None}
     truth['images'] = rearrange(truth['images'], 'b c h w -> b h w c')
 
@@ -291,6 +320,7 @@ def gradient_errors(module: torch.nn.Module, model: nn.Module, variables: Any, i
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK)
     gradients, image_gradient = gradient(variables, jnp.asarray(images))
     ours = convert.to_torch(model, gradients) | {'images': np.asarray(image_gradient)}
+    ours = {name: gradient for name, gradient in ours.items() if gradient.size}
     assert ours.keys() == truth.keys()
     least = 1e-3 * max(np.abs(gradient).max() for gradient in truth.values())
     return {name: relative_error(ours[name], gradient, least) for name, gradient in truth.items()}
