@@ -158,11 +158,6 @@ def _advice(layout: Layout, expected: Set[str], different: Set[str]) -> str:
             'computes (a new head, a loss), take it out of the state dict and convert the rest.'
             f'{headless if different - extra else ""}'
         )
-    if head and not any(_is_part(name, 'transformer') for name in different):
-        return (
-            f'Only the Transformer is here; of the model round it these are missing or different: '
-            f'{", ".join(sorted(strangers))}.'
-        )
     return ''
 
 

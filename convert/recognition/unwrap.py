@@ -103,7 +103,7 @@ def unwrap(
         )
         if len(alone) == 1 and not left_aside(leaves, alone[0]):
             different = alone
-        elif alone:
+        elif alone and not (found and nearest(found).fit.advice):
             raise ConversionError(
                 f"{refusal(leaves, found)}\nA Transformer is complete here: part='transformer' converts it alone, a "
                 f'module of tokens (batch, tokens, dim). {_list(alone)}'
@@ -227,6 +227,11 @@ def describe(values: list[Any]) -> str:
     return ' and '.join(f'{count} {what}{"s" if count > 1 else ""}' for count, what in counts if count)
 
 
+def nearest(found: list[Candidate]) -> Candidate:
+    """The candidate with the fewest problems, for its length."""
+    return min(found, key=lambda candidate: len(candidate.fit.problems) / len(candidate.fit.names))
+
+
 def refusal(leaves: list[Item], found: list[Candidate]) -> str:
     """Why nothing here can be converted, and what to do."""
     shapes = {
@@ -240,7 +245,7 @@ def refusal(leaves: list[Item], found: list[Candidate]) -> str:
             f'There are no tensors here, only objects of {", ".join(modules)}, which are never unpickled. '
             "Save the state dict where those classes live: torch.save(model.state_dict(), 'weights.pt')."
         )
-    best = min(found, key=lambda candidate: len(candidate.fit.problems) / len(candidate.fit.names), default=None)
+    best = nearest(found) if found else None
     if best and (reason := relative({name: tensor.shape for name, tensor in best.tensors.items()})):
         return reason
     if best and (reason := refusal_of(best.tensors)):
