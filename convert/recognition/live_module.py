@@ -5,7 +5,7 @@ import warnings
 from typing import Any
 
 from convert.architectures import ARCHITECTURES
-from convert.architectures.architecture import IDENTITY, Architecture, class_name, first_attention
+from convert.architectures.architecture import IDENTITY, Architecture, class_name, first_attention, full_name
 from convert.errors import ConversionError, ConversionWarning
 
 # Modules that compute what the one inside them computes, and where it is.
@@ -14,7 +14,10 @@ WRAPPERS = {
     'torch.nn.parallel.distributed.DistributedDataParallel': 'module',
     'torch.optim.swa_utils.AveragedModel': 'module',
     'torch._dynamo.eval_frame.OptimizedModule': '_orig_mod',
+    'torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper': '_checkpoint_wrapped_module',
 }
+
+FULLY_SHARDED = 'torch.distributed.fsdp.FSDPModule'
 
 # Of torch's parts, what they compute depends on this beside their weights.
 SETTINGS = {
@@ -31,9 +34,11 @@ def is_module(source: object) -> bool:
 
 
 def unwrapped(module: Any) -> Any:
-    """The ported module inside torch's wrappers. Raises ConversionError when it, or a part of it, is another."""
-    while class_name(module) in WRAPPERS:
-        module = getattr(module, WRAPPERS[class_name(module)])
+    """The ported module without torch's wrappers round it and its parts, its tensors shared.
+
+    Raises ConversionError when it, or a part of it, is another.
+    """
+    module = peeled(module)
     known = ported()
     if class_name(module) not in known:
         inside = [name for name, part in module.named_modules() if class_name(part) in known]
@@ -50,6 +55,20 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
+def peeled(module: Any) -> Any:
+    """A copy of the module without wrappers, also of its parts; it has the same tensors."""
+    while class_name(module) in WRAPPERS:
+        module = getattr(module, WRAPPERS[class_name(module)])
+    kind = type(module)
+    if full_name(kind.__mro__[1]) == FULLY_SHARDED:  # fully_shard put a class of its own over the module's
+        kind = kind.__mro__[2]
+    plain = object.__new__(kind)
+    plain.__dict__ = vars(module) | {
+        '_modules': {name: part if part is None else peeled(part) for name, part in module._modules.items()}
+    }
+    return plain
+
+
 def check_parts(module: Any) -> None:
     """Hold every part of a ported module against those of a new one of its class.
 
@@ -60,6 +79,8 @@ def check_parts(module: Any) -> None:
 
     parts = dict(module.named_modules(remove_duplicate=False))
     depth = sum(re.fullmatch(r'transformer\.layers\.\d+', name) is not None for name in parts)
+    if depth == 0:
+        raise ConversionError(f'This {class_name(module)} has no blocks: with depth=0 it is no transformer.')
     with torch.device('meta'):  # it takes no memory, and no numbers from the random generator
         new = type(module)(image_size=2, patch_size=1, num_classes=1, dim=8, depth=depth, heads=2, mlp_dim=1)
     expected = {name: signature(part) for name, part in new.named_modules(remove_duplicate=False)}
@@ -86,7 +107,12 @@ def check_parts(module: Any) -> None:
                     f'heads={heads} every block has these, and scale={dim_head**-0.5} ({dim_head:g}**-0.5): another '
                     'function.'
                 )
-    hooked = [name or 'the module' for name, part in parts.items() if part._forward_hooks or part._forward_pre_hooks]
+    hooked = [
+        name or 'the module'
+        for name, part in parts.items()
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        if not getattr(hook, '__module__', '').startswith('torch.distributed.')  # which gather what is sharded
+    ]
     if hooked:
         warnings.warn(
             f'There are hooks on {", ".join(hooked)}, which are not converted. It matters only if one changes what the '
