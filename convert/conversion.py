@@ -20,6 +20,8 @@ from convert.architectures import architecture_of
 from convert.architectures.architecture import Field, Layout, class_name
 from convert.errors import ConversionError, ConversionWarning
 from convert.files import checkpoint
+from convert.files.dtypes import native
+from convert.files.tensors import array
 from convert.recognition import live_module, names
 from convert.recognition.arguments import read_arguments
 from convert.recognition.fields import resolve
@@ -145,6 +147,9 @@ def inspect(
         overrides['param_dtype'] = floating_dtype(overrides['param_dtype'])
     num_classes = overrides.get('num_classes', known.get('num_classes'))
     found = unwrap(tree, key=key, part=part, release=release, head=num_classes != 0)
+    if found.fit.sizes.get('num_classes') == 0:  # vit-pytorch's own num_classes=0
+        known = {**known, 'num_classes': 0}
+        found = unwrap(tree, key=key, release=release, head=False)
     check_dtypes(found.tensors)
     fields = resolve(found.fit, overrides, known)
     if any(field.how in {'unknown', 'assumed'} for field in fields.values()):
@@ -276,14 +281,30 @@ def check_dtypes(tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def arrays(tree: Any) -> Any:
-    """The tree with arrays for torch tensors; views, where the tensors are on the CPU."""
-    if isinstance(tree, Mapping):
-        return {name: arrays(value) for name, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [arrays(value) for value in tree]
-    if hasattr(tree, 'detach'):
-        return checkpoint.array(tree)
-    return np.asarray(tree) if isinstance(tree, jax.Array) else tree
+    """The tree with arrays for torch tensors; views, where the tensors are on the CPU.
+
+    Raises ConversionError, with the address, for tensors that hold no plain numbers.
+    """
+    made: dict[int, Any] = {}  # by the id of the container: some hold themselves
+
+    def made_of(node: Any, address: tuple[str, ...]) -> Any:
+        if isinstance(node, Mapping | list | tuple):
+            if id(node) not in made:
+                parts = node.items() if isinstance(node, Mapping) else enumerate(node)
+                result: dict[Any, Any] = {}
+                made[id(node)] = result
+                result |= {name: made_of(part, (*address, str(name))) for name, part in parts}
+            return made[id(node)]
+        if hasattr(node, 'detach'):
+            try:
+                return array(node)
+            except ConversionError as error:
+                raise ConversionError(f'{".".join(address) or "The source"}: {error}') from error
+        if isinstance(node, np.ndarray):
+            return native(node)
+        return np.asarray(node) if isinstance(node, jax.Array) else node
+
+    return made_of(tree, ())
 
 
 def provenance(inspection: Inspection) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -11,10 +12,11 @@ import numpy as np
 from flax import linen as nn
 
 from convert.architectures.way import Way
-from convert.errors import ConversionError
+from convert.errors import ConversionError, ConversionWarning
 from flax_vit.layers import grid_of, pair
 
 IDENTITY = 'torch.nn.modules.linear.Identity'
+MOST_SHOWN = 4  # of rates that differ
 _RANGE = re.compile(r'(?P<first>[\d.]+)(?: to (?P<last>[\d.]+)|(?P<later> and later))?')
 _NUMBER = re.compile(r'(?:(?<=\blayers\.)|(?<=encoder_))\d+(?=\.)')  # of a block, in a parameter's name
 
@@ -156,6 +158,7 @@ class Architecture:
         'dim_head': 11,
     }
     assumed: frozenset[str] = frozenset()  # fields that no weights tell, and vit-pytorch has a default for
+    tables: Mapping[str, str] = {}  # tensors that are computed, and may be in a checkpoint: what each is
     attention_maps: tuple[AttentionMap, ...] = ()
     way: type[Way] | None = None  # its parts in numpy, to tell causes; None: no cause is known
 
@@ -197,6 +200,10 @@ class Architecture:
             'num_classes': model.num_classes,
             'heads x dim_head': model.heads * model.dim_head,
         }
+
+    def told_by_tables(self, tables: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """The sizes of quantities that computed tensors tell. Raises ConversionError when they are not as computed."""
+        return {}
 
     def told_by_sizes(
         self, fields: Mapping[str, Field], sizes: Mapping[str, int], defaults: Mapping[str, Any]
@@ -360,5 +367,25 @@ def one_or_pair(sizes: tuple[int, int]) -> int | tuple[int, int]:
 
 
 def class_name(value: object) -> str:
-    """The full name of the class, as imported."""
-    return f'{type(value).__module__}.{type(value).__qualname__}'
+    """The full name of the value's class, as imported."""
+    return full_name(type(value))
+
+
+def full_name(a_class: type) -> str:
+    """The full name of a class, as imported."""
+    return f'{a_class.__module__}.{a_class.__qualname__}'
+
+
+def dropout_rate(transformer: Any) -> float:
+    """That of a torch module's Dropouts; a warning where they differ, since there is but one here."""
+    rates = {name: part.p for name, part in transformer.named_modules() if type(part).__name__ == 'Dropout'}
+    first = next(iter(rates.values()))
+    others = [f'{name}: {rate}' for name, rate in rates.items() if rate != first]
+    if others:
+        warnings.warn(
+            f'The Dropouts of the module have several rates: {first}, but {", ".join(others[:MOST_SHOWN])}'
+            f'{", …" if len(others) > MOST_SHOWN else ""}. Here all have one, {first}; it matters only in training.',
+            ConversionWarning,
+            stacklevel=2,
+        )
+    return first

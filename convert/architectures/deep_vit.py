@@ -13,7 +13,7 @@ from convert.architectures.architecture import (
     Axis,
     Field,
     Layout,
-    first_attention,
+    dropout_rate,
     prenorm,
 )
 from convert.architectures.way import Mistake, Way, class_token_mistakes
@@ -93,7 +93,7 @@ class DeepViTArchitecture(Architecture):
         return {} if image_size else {'image_size': Field(inferred, how, why)}
 
     def known_fields(self, module: Any) -> dict[str, Any]:
-        dropouts = {'dropout': first_attention(module).to_out[1].p, 'emb_dropout': module.dropout.p}
+        dropouts = {'dropout': dropout_rate(module.transformer), 'emb_dropout': module.dropout.p}
         return super().known_fields(module) | {'pool': module.pool} | dropouts
 
     def alternatives(self, model: Any) -> Iterator[dict[str, Any]]:

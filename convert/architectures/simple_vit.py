@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import numpy as np
 from einops import rearrange
 
-from convert.architectures.architecture import Architecture, AttentionMap, Layout, one_or_pair, other_heads
+from convert.architectures.architecture import Architecture, AttentionMap, Field, Layout, one_or_pair, other_heads
 from convert.architectures.way import Way
 from convert.errors import ConversionError
+from flax_vit.layers import pair
 from flax_vit.simple_vit import SimpleViT, posemb_sincos_2d
 
 _B_COS = {
@@ -58,6 +59,7 @@ class SimpleViTArchitecture(Architecture):
         Layout('S0', SimpleViT, '0.35.0 to 0.40.2', _BEFORE_1_0),
         Layout('B-cos', SimpleViT, '0.35.0 to 0.40.2, under the names of B-cos/B-cos-v2', _BEFORE_1_0, _B_COS),
     )
+    tables: Mapping[str, str] = {'pos_embedding': 'its sincos table'}  # where somebody made it a buffer
     attention_maps = (AttentionMap('attend', 'attend'),)
     way = SimpleViTWay
 
@@ -68,6 +70,26 @@ class SimpleViTArchitecture(Architecture):
             patch = module.to_patch_embedding[0].axes_lengths
             fields['image_size'] = one_or_pair((grid[0] * patch['p1'], grid[1] * patch['p2']))
         return fields
+
+    def told_by_tables(self, tables: Mapping[str, np.ndarray]) -> dict[str, int]:
+        grids = [sincos_grid(table) for table in tables.values()]
+        return {'rows': grids[0][0], 'columns': grids[0][1]} if grids else {}
+
+    def image_size(self, fields: Mapping[str, Field], sizes: Mapping[str, int]) -> dict[str, Field]:
+        """The table, where it is there, has a row for each patch."""
+        image_size, patch_size = fields.get('image_size'), fields['patch_size']
+        if 'rows' not in sizes or patch_size.value is None:
+            return super().image_size(fields, sizes)
+        height, width = pair(patch_size.value)
+        told = one_or_pair((sizes['rows'] * height, sizes['columns'] * width))
+        why = f'pos_embedding is the table of {sizes["rows"]} x {sizes["columns"]} patches of {patch_size.value}'
+        if image_size and image_size.value != told:
+            raise ConversionError(
+                f'image_size={image_size.value!r} contradicts the weights: {why}, which is {told!r}. Without that '
+                'table, any image_size is taken.'
+            )
+        how: Any = 'assumed' if patch_size.how == 'assumed' else 'inferred'
+        return {} if image_size else {'image_size': Field(told, how, why)}
 
     def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
         """With the port's position table, compared apart: PyTorch's depends on the processor in the last bits."""
@@ -100,10 +122,14 @@ class SimpleViTArchitecture(Architecture):
 
 def sincos_grid(table: np.ndarray) -> tuple[int, int]:
     """The height and width in patches of the grid whose sincos table (height x width, dim) this is."""
-    tokens, dim = table.shape
-    for height in range(1, tokens + 1):
-        width = tokens // height
-        if height * width == tokens and np.abs(posemb_sincos_2d(height, width, dim) - table).max() < 1e-3:
+    tokens, dim = table.shape[-2:]
+    if table.size == tokens * dim > 0 and dim >= 8 and dim % 4 == 0:
+        table = table.reshape(tokens, dim).astype(np.float32)
+        # the first row of patches is at y = 0, where each sine of y is 0
+        below = np.flatnonzero(np.abs(table[:, dim // 2]) > 0.1)
+        width = int(below[0]) if below.size else tokens
+        height = tokens // max(width, 1)
+        if height * width == tokens and np.abs(posemb_sincos_2d(height, width, dim) - table).max() < 5e-3:
             return height, width
     raise ConversionError('pos_embedding is not the sincos table of SimpleViT: another function.')
 

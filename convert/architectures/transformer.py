@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert.architectures.architecture import Architecture, Field, Layout, first_attention, heads_of
+from convert.architectures.architecture import Architecture, Field, Layout, dropout_rate, first_attention, heads_of
 from flax_vit.layers import COMPUTATION
 
 BEGINNING = 'transformer.'  # of its names in the whole
@@ -85,8 +85,7 @@ class TransformerArchitecture(Architecture):
         return {**fields, **heads_of(fields, sizes.get('heads x dim_head', sizes['dim']), None)}
 
     def known_fields(self, module: Any) -> dict[str, Any]:
-        rates = {part.p for part in module.modules() if type(part).__name__ == 'Dropout'}
-        dropout = {'dropout': rates.pop()} if len(rates) == 1 and 'dropout' in self.own_fields() else {}
+        dropout = {'dropout': dropout_rate(module)} if 'dropout' in self.own_fields() else {}
         return {'heads': first_attention(module).heads} | dropout
 
     def smallest(self, module: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from convert.architectures.architecture import (
     Field,
     Layout,
     class_name,
+    dropout_rate,
     first_attention,
     one_or_pair,
     other_heads,
@@ -171,7 +172,7 @@ class ViTArchitecture(Architecture):
         return {'image_size': Field(None, 'unknown', why)}
 
     def known_fields(self, module: Any) -> dict[str, Any]:
-        dropouts = {'dropout': first_attention(module).dropout.p, 'emb_dropout': module.dropout.p}
+        dropouts = {'dropout': dropout_rate(module.transformer), 'emb_dropout': module.dropout.p}
         return super().known_fields(module) | {'pool': module.pool} | dropouts
 
     def smallest(self, module: Any) -> dict[str, Any]:

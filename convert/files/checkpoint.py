@@ -15,14 +15,12 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from convert.errors import ConversionError
 from convert.files.arrays import JSON_BYTES, objects_in_npy, read_json, read_npz, read_safetensors
-from convert.files.dtypes import DTYPES
 from convert.files.folders import beside, only_checkpoint
 from convert.files.other_files import refuse_archive, refuse_file, refuse_parts
 from convert.files.pickle_reader import Data, Foreign
+from convert.files.tensors import array
 from convert.files.torch_archive import (
     LEGACY,
     is_exported,
@@ -78,26 +76,6 @@ def read_beside(checkpoint: Checkpoint) -> dict[str, Any]:
                     f'{path}, beside the weights, cannot be read ({error}): mend it, or take it away.'
                 ) from error
     return said
-
-
-def array(tensor: Any) -> np.ndarray:
-    """A torch tensor -> an array of the same dtype, shape and bits: a view where the tensor is on the CPU.
-
-    bfloat16 and float8 get ml_dtypes' types. Raises: ConversionError for sparse, quantized and meta tensors.
-    """
-    dtype = DTYPES.get(str(tensor.dtype))
-    if dtype is None:
-        raise ConversionError(f'a tensor of {tensor.dtype}, which has no counterpart here')
-    try:
-        tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
-        if dtype.type.__module__ == 'numpy':
-            return np.asarray(tensor.numpy())
-        import torch
-
-        bits = tensor.view(torch.int16 if dtype.itemsize == 2 else torch.uint8)
-        return np.asarray(bits.numpy().view(dtype))
-    except (TypeError, RuntimeError) as error:
-        raise ConversionError(f'a tensor without plain numbers in it: {error}') from error
 
 
 def _read(path: Path, shard: bool = False) -> Checkpoint:

@@ -91,6 +91,7 @@ class _Values:
 
     def __init__(self, size: int, storages: Storages, load: Load) -> None:
         self.size, self.storages, self.load = size, storages, load
+        self.bytes = 0  # of all tensors
         self.known: dict[Any, Any] = {}  # by what, and by the id of what is described, which is not freed meanwhile
 
     def of(self, described: Any, depth: int) -> Any:
@@ -139,6 +140,8 @@ class _Values:
                 match arguments:
                     case (str(text), 'latin1'):
                         return self.once('latin1', text, lambda: text.encode('latin1'))
+            case 'builtins.bytes' | '__builtin__.bytes' if arguments == ():
+                return b''
             case 'torch.storage._load_from_bytes':
                 match self.of(arguments, depth):
                     case (bytes() as content,):
@@ -206,12 +209,19 @@ class _Values:
                 '_rebuild_tensor_v2',
                 (Storage() as storage, offset, shape, strides, _, _),
             ):
-                return view(storage, storage.dtype, offset, shape, strides, self.size)
+                return self.counted(view(storage, storage.dtype, offset, shape, strides, self.size))
             case '_rebuild_tensor_v3', (Storage() as storage, offset, shape, strides, _, _, Foreign(kind)) if (
                 kind in DTYPES
             ):
-                return view(storage, DTYPES[kind], offset, shape, strides, self.size)
+                return self.counted(view(storage, DTYPES[kind], offset, shape, strides, self.size))
         return Foreign(name)
+
+    def counted(self, tensor: np.ndarray) -> np.ndarray:
+        """The tensor, unless all so far repeat the file a hundredfold: some are tied, so many are an attack."""
+        self.bytes += tensor.nbytes
+        if self.bytes > 100 * self.size + EXPANDED:
+            raise ConversionError(f'tensors that share {self.size} bytes of the file as {self.bytes} bytes of numbers')
+        return tensor
 
 
 _IN_PROGRESS = object()

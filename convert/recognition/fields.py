@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from numbers import Integral
+from typing import Any, get_args
 
 import numpy as np
 from flax import linen as nn
@@ -26,11 +27,14 @@ def resolve(fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any] | None 
     if strangers:
         raise ConversionError(f'{model.__name__} has no {", ".join(strangers)}; its fields are {", ".join(defaults)}.')
 
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given = {name: _plain(value) for name, value in given.items()}
+    pairs = {field.name for field in dataclasses.fields(model) if tuple[int, int] in get_args(field.type)}
     for name in _SIZES & set(given):
-        numbers = given[name] if isinstance(given[name], tuple) else (given[name],)
-        if not all(isinstance(number, int) and number > 0 for number in numbers):
-            raise ConversionError(f'{name} must be a whole number from 1 up, not {given[name]!r}.')
+        two = isinstance(given[name], tuple) and len(given[name]) == 2 and name in pairs
+        numbers = given[name] if two else (given[name],)
+        if not all(type(number) is int and number > 0 for number in numbers):
+            or_two = ', or two' if name in pairs else ''
+            raise ConversionError(f'{name} must be a whole number from 1 up{or_two}, not {given[name]!r}.')
     told = {**fit.told, **fit.layout.fields}
     inferred = {name: Field(value, 'inferred', 'the layout of names') for name, value in told.items()}
     open_fields = {
@@ -72,6 +76,16 @@ def resolve(fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any] | None 
 
 
 _SIZES = {'image_size', 'patch_size', 'channels', 'dim', 'depth', 'heads', 'dim_head', 'mlp_dim'}
+
+
+def _plain(value: Any) -> Any:
+    """A field's value with whole numbers as Python's, and one where two are the same."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, list | tuple):
+        numbers = tuple(map(_plain, value))
+        return numbers[0] if len(numbers) == 2 and numbers[0] == numbers[1] else numbers
+    return value
 
 
 def _defaults(model: type[nn.Module]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from convert.architectures.architecture import Axis, Layout, block_number, patte
 from convert.recognition.names import Leaf, differences, leaf
 from flax_vit.parameters import param_shapes
 
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[Any, ...]]  # a size, or what it holds in words
 
 
 def leaves(
@@ -81,17 +81,27 @@ def beginnings(name: str, layouts: tuple[Layout, ...]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Fit:
-    """How a layout fits names and shapes: completely when there are no problems."""
+    """How a layout fits names and shapes: completely when nothing is different."""
 
     layout: Layout
-    names: Sequence[str]  # those of the layout, with as many blocks as the names tell
+    expected: Shapes  # by the layout's names, as many blocks as are there
+    found: Shapes
     depth: int
     sizes: Mapping[str, int]  # of each quantity that the shapes tell
-    problems: Sequence[str]  # a line for each name that is missing, left over or misshapen
+    different: Set[str]  # names that are missing, left over or misshapen
     body: bool  # all but the head fits
-    advice: str  # what to do about the problems, where that can be told
     told: Mapping[str, Any]  # fields of the model that the names tell
     alike: Sequence[Layout]  # those that fit as well: they have the same names and shapes, for another function
+
+    @property
+    def names(self) -> Set[str]:
+        """Those of the layout."""
+        return self.expected.keys()
+
+    @property
+    def problems(self) -> list[str]:
+        """A line for each name that is missing, left over or misshapen."""
+        return differences(self.expected, self.found)
 
     @property
     def difference(self) -> str:
@@ -105,26 +115,51 @@ class Fit:
         more = [f'  ... and {len(lines) - MOST_LINES} more'] if len(lines) > MOST_LINES else []
         return '\n'.join(line[:200] for line in lines[:MOST_LINES] + more)
 
+    @property
+    def advice(self) -> str:
+        """What to do about names that are missing or left over, or have another shape, where that can be told."""
+        head = _head(self.layout)
+        strangers = {name.partition('.')[0] for name in self.different if not _is_part(name, head)}
+        if not strangers:
+            cut_off = self.different == {name for name in self.names if _is_part(name, head)}
+            is_there = 'missing: num_classes=0' if cut_off else 'another one: num_classes=0 leaves it out and'
+            return f'Only the head, {head}, is {is_there} converts the rest, to give the pooled features.'
+        extra = self.different - self.names
+        if all(name in extra or _is_part(name, head) for name in self.different):
+            headless = f' {head} is missing or another one: give num_classes=0 as well, for the pooled features.'
+            return (
+                f'All of the model is here, and more: {", ".join(sorted(strangers))}. If that is no part of what it '
+                'computes (a new head, a loss), take it out of the state dict and convert the rest.'
+                f'{headless if self.different - extra else ""}'
+            )
+        return ''
+
 
 MOST_LINES = 24
 MOST_BLOCKS = 1000
 
 
-def fit(layout: Layout, shapes: Shapes, *, head: bool = True) -> Fit:
+def fit(layout: Layout, shapes: Shapes, patterns: Mapping[str, str], *, head: bool = True) -> Fit:
     """Hold `shapes` against the layout, with its head or as if it had none, whatever it may be.
 
-    The size of each quantity is what most of the axes that hold it say, so that an odd one out is what gets reported.
+    `patterns`: those of the names. The size of each quantity is what most of the axes that hold it say, so that an odd
+    one out is what gets reported.
     """
-    told = architecture_of(layout.model).told_by_names(layout, shapes)
+    architecture = architecture_of(layout.model)
+    told = architecture.told_by_names(layout, shapes)
     axes = template(layout, head=head, told=tuple(told.items()))
-    named = {name: pattern(name) for name in shapes if head or not _is_part(name, _head(layout))}
-    # what has no elements, and should not be there, is nothing
-    patterns = {name: found for name, found in named.items() if found in axes or 0 not in shapes[name]}
-    depth = len({block_number(name) for name, found in patterns.items() if found in axes} - {None})
+    beside = architecture.tables.keys() | (set() if head else {_head(layout)})
+    found = {
+        name: shape
+        for name, shape in shapes.items()
+        # what has no elements, and should not be there, is nothing
+        if name.partition('.')[0] not in beside and (patterns[name] in axes or 0 not in shape)
+    }
+    depth = len({block_number(name) for name in found if patterns[name] in axes} - {None})
     votes: dict[str, Counter[int]] = defaultdict(Counter)
-    for name, found in patterns.items():
-        if found in axes and len(axes[found]) == len(shapes[name]):
-            for axis, size in zip(axes[found], shapes[name], strict=True):
+    for name, shape in found.items():
+        if patterns[name] in axes and len(axes[patterns[name]]) == len(shape):
+            for axis, size in zip(axes[patterns[name]], shape, strict=True):
                 if (size - axis.offset) % axis.factor == 0:
                     votes[axis.quantity][(size - axis.offset) // axis.factor] += 1
     sizes = {quantity: counter.most_common(1)[0][0] for quantity, counter in votes.items()} | {'1': 1}
@@ -134,31 +169,9 @@ def fit(layout: Layout, shapes: Shapes, *, head: bool = True) -> Fit:
         # a model without a block is none of ours, nor one with more than anybody trained (as a hostile file may have)
         for number in range(min(max(depth, 1), MOST_BLOCKS) if '#' in wanted else 1)
     }
-    found_shapes = {name: tuple(shapes[name]) for name in patterns}
-    problems = differences(expected, found_shapes)
-    different = {name for name in expected.keys() | patterns.keys() if expected.get(name) != found_shapes.get(name)}
+    different = {name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)}
     body = all(_is_part(name, _head(layout)) for name in different)
-    advice = _advice(layout, expected.keys(), different) if problems else ''
-    return Fit(layout, list(expected), depth, sizes, problems, body, advice, told, [layout])
-
-
-def _advice(layout: Layout, expected: Set[str], different: Set[str]) -> str:
-    """What to do about names that are missing or left over, or have another shape, where that can be told."""
-    head = _head(layout)
-    strangers = {name.partition('.')[0] for name in different if not _is_part(name, head)}
-    if not strangers:
-        cut_off = different == {name for name in expected if _is_part(name, head)}
-        is_there = 'missing: num_classes=0' if cut_off else 'another one: num_classes=0 leaves it out and'
-        return f'Only the head, {head}, is {is_there} converts the rest, to give the pooled features.'
-    extra = different - expected
-    if all(name in extra or _is_part(name, head) for name in different):
-        headless = f' {head} is missing or another one: give num_classes=0 as well, for the pooled features.'
-        return (
-            f'All of the model is here, and more: {", ".join(sorted(strangers))}. If that is no part of what it '
-            'computes (a new head, a loss), take it out of the state dict and convert the rest.'
-            f'{headless if different - extra else ""}'
-        )
-    return ''
+    return Fit(layout, expected, found, depth, sizes, different, body, told, [layout])
 
 
 def _is_part(name: str, module: str) -> bool:
@@ -167,6 +180,8 @@ def _is_part(name: str, module: str) -> bool:
 
 def best_fit(shapes: Shapes, layouts: tuple[Layout, ...], *, head: bool = True) -> Fit:
     """The layout that fits but for the head, else the one with the fewest problems."""
-    fits = [fit(layout, shapes, head=head) for layout in layouts]
-    best = min(fits, key=lambda fit: (not fit.body, len(fit.problems)))
-    return best if best.problems else replace(best, alike=[fit.layout for fit in fits if not fit.problems])
+    shapes = {name: tuple(shape) for name, shape in shapes.items()}
+    patterns = {name: pattern(name) for name in shapes}
+    fits = [fit(layout, shapes, patterns, head=head) for layout in layouts]
+    best = min(fits, key=lambda fit: (not fit.body, len(fit.different)))
+    return best if best.different else replace(best, alike=[fit.layout for fit in fits if not fit.different])

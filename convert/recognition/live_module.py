@@ -2,10 +2,11 @@
 
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 from convert.architectures import ARCHITECTURES, transformers
-from convert.architectures.architecture import IDENTITY, Architecture, class_name, first_attention
+from convert.architectures.architecture import IDENTITY, Architecture, class_name, first_attention, full_name
 from convert.errors import ConversionError, ConversionWarning
 
 # Modules that compute what the one inside them computes, and where it is.
@@ -14,7 +15,10 @@ WRAPPERS = {
     'torch.nn.parallel.distributed.DistributedDataParallel': 'module',
     'torch.optim.swa_utils.AveragedModel': 'module',
     'torch._dynamo.eval_frame.OptimizedModule': '_orig_mod',
+    'torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper': '_checkpoint_wrapped_module',
 }
+
+FULLY_SHARDED = 'torch.distributed.fsdp.FSDPModule'
 
 # Of torch's parts, what they compute depends on this beside their weights.
 SETTINGS = {
@@ -31,19 +35,19 @@ def is_module(source: object) -> bool:
 
 
 def unwrapped(module: Any, part: str | None = None) -> Any:
-    """The ported module inside torch's wrappers, or the only Transformer in the module where `part` is 'transformer'.
+    """The ported module without torch's wrappers round it and its parts, its tensors shared.
+
+    With `part` 'transformer', the only Transformer in the module.
 
     Raises ConversionError when it, or a part of it, is another.
     """
-    while class_name(module) in WRAPPERS:
-        module = getattr(module, WRAPPERS[class_name(module)])
-    known = ported()
+    module = peeled(module)
+    wanted = ported(ARCHITECTURES if part is None else transformers())
     if part:
-        known = {name: architecture for name, architecture in known.items() if architecture in transformers()}
-        inside = [each for each in module.modules() if class_name(each) in known]
+        inside = [each for each in module.modules() if class_name(each) in wanted]
         module = inside[0] if len(inside) == 1 else module
-    if class_name(module) not in known:
-        inside = [name for name, part in module.named_modules() if class_name(part) in known]
+    if class_name(module) not in {**wanted, **ported(transformers())}:
+        inside = [name for name, each in module.named_modules() if class_name(each) in wanted]
         calls = [f'module.get_submodule({name!r})' for name in inside]
         advice = 'If it computes what one of those does, pass its state_dict().'
         if len(calls) == 1:
@@ -51,10 +55,24 @@ def unwrapped(module: Any, part: str | None = None) -> Any:
         elif calls:
             advice = f'It holds {len(calls)}, which may differ; pass the one that you want: {", ".join(calls)}.'
         raise ConversionError(
-            f'This module is a {class_name(module)}, which is none of {", ".join(sorted(known))}. {advice}'
+            f'This module is a {class_name(module)}, which is none of {", ".join(sorted(wanted))}. {advice}'
         )
     check_parts(module)
     return module
+
+
+def peeled(module: Any) -> Any:
+    """A copy of the module without wrappers, also of its parts; it has the same tensors."""
+    while class_name(module) in WRAPPERS:
+        module = getattr(module, WRAPPERS[class_name(module)])
+    kind = type(module)
+    if full_name(kind.__mro__[1]) == FULLY_SHARDED:  # fully_shard put a class of its own over the module's
+        kind = kind.__mro__[2]
+    plain = object.__new__(kind)
+    plain.__dict__ = vars(module) | {
+        '_modules': {name: part if part is None else peeled(part) for name, part in module._modules.items()}
+    }
+    return plain
 
 
 def check_parts(module: Any) -> None:
@@ -67,6 +85,8 @@ def check_parts(module: Any) -> None:
 
     parts = dict(module.named_modules(remove_duplicate=False))
     depth = sum(re.fullmatch(r'(transformer\.)?layers\.\d+', name) is not None for name in parts)
+    if depth == 0:
+        raise ConversionError(f'This {class_name(module)} has no blocks: with depth=0 it is no transformer.')
     with torch.device('meta'):  # it takes no memory, and no numbers from the random generator
         new = type(module)(**architecture_of_module(module).smallest(module), depth=depth)
     expected = {name: signature(part) for name, part in new.named_modules(remove_duplicate=False)}
@@ -93,7 +113,12 @@ def check_parts(module: Any) -> None:
                     f'heads={heads} every block has these, and scale={dim_head**-0.5} ({dim_head:g}**-0.5): another '
                     'function.'
                 )
-    hooked = [name or 'the module' for name, part in parts.items() if part._forward_hooks or part._forward_pre_hooks]
+    hooked = [
+        name or 'the module'
+        for name, part in parts.items()
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        if not getattr(hook, '__module__', '').startswith('torch.distributed.')  # which gather what is sharded
+    ]
     if hooked:
         warnings.warn(
             f'There are hooks on {", ".join(hooked)}, which are not converted. It matters only if one changes what the '
@@ -114,13 +139,11 @@ def known_fields(module: Any) -> dict[str, Any]:
     return architecture_of_module(module).known_fields(module)
 
 
-def ported() -> dict[str, Architecture]:
+def ported(architectures: Iterable[Architecture]) -> dict[str, Architecture]:
     """The torch classes that are converted, by their full names."""
-    return {
-        name: architecture for architecture in (*ARCHITECTURES, *transformers()) for name in architecture.torch_classes
-    }
+    return {name: architecture for architecture in architectures for name in architecture.torch_classes}
 
 
 def architecture_of_module(module: Any) -> Architecture:
     """The architecture that a ported module is of."""
-    return ported()[class_name(module)]
+    return ported([*ARCHITECTURES, *transformers()])[class_name(module)]

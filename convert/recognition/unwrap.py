@@ -4,18 +4,23 @@ No list of known words is searched for: wherever a dict holds tensors, and under
 layouts are tried. What is not part of the model is left aside and reported by group.
 """
 
+import hashlib
 import re
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from convert.architectures import layouts_of_all, model_names
+from convert.architectures import architecture_of, layouts_of_all, model_names
 from convert.architectures.architecture import Layout
 from convert.errors import ConversionError
-from convert.files.checkpoint import Foreign
+from convert.files.pickle_reader import Foreign
+from convert.files.tensors import words_for
+from convert.files.zip_directory import quote
 from convert.recognition.layouts import Fit, beginnings, best_fit
 from convert.recognition.relatives import relative
 from convert.recognition.rewritten import refusal_of, warning_of
@@ -24,7 +29,9 @@ from convert.recognition.rewritten import refusal_of, warning_of
 BOOKKEEPING = {'total_ops', 'total_params'}
 # What torch puts into the middle of names where it wraps a part of a model; the part computes the same.
 INSERTED = re.compile(r'(?<=\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.')
-MOST_PLACES = 64  # in one file that are held against the layouts, the likeliest first
+MOST_OBJECTS = 8  # that a message names
+MOST_PLACES = 64  # in one file that are held against the layouts, the likeliest first ...
+MOST_TIMES = 4  # ... as long as all together have no more than so many times the file's tensors
 
 
 class Item(NamedTuple):
@@ -92,16 +99,17 @@ def unwrap(
         if not chosen:
             raise ConversionError(f'There is no model at key={key!r}. {_list(found) or _contents(leaves)}')
         found = chosen
-    different = distinct(candidate for candidate in found if not candidate.fit.problems)
+    whole = [candidate for candidate in found if not candidate.fit.different]
+    different = distinct(whole) if len(whole) > 1 else whole
     if len(different) > 1:
         raise ConversionError(f'There are several different models here; choose one. {_list(different)}')
     if not different and part is None:
         alone = distinct(
             candidate
             for candidate in candidates(leaves, key, layouts_of_all('transformer', release), head=head)
-            if not candidate.fit.problems
+            if not candidate.fit.different
         )
-        if len(alone) == 1 and not left_aside(leaves, alone[0]):
+        if len(alone) == 1 and not left_aside(leaves, alone[0], alone[0].fit.names):
             different = alone
         elif alone and not (found and nearest(found).fit.advice):
             raise ConversionError(
@@ -111,9 +119,11 @@ def unwrap(
     if not different:
         raise ConversionError(refusal(leaves, found))
     model = different[0]
-    names = frozenset(model.fit.names)
-    tensors = {name: tensor for name, tensor in model.tensors.items() if name in names}
-    return Unwrapped(model.place.key, tensors, model.fit, left_aside(leaves, model))
+    tensors = {name: tensor for name, tensor in model.tensors.items() if name in model.fit.names}
+    architecture = architecture_of(model.fit.layout.model)
+    tables = {name: model.tensors[name] for name in architecture.tables if name in model.tensors}
+    fit = replace(model.fit, sizes={**model.fit.sizes, **architecture.told_by_tables(tables)})
+    return Unwrapped(model.place.key, tensors, fit, left_aside(leaves, model, {*tensors, *tables}))
 
 
 def walk(tree: Any) -> Iterator[Item]:
@@ -152,17 +162,28 @@ def candidates(leaves: Iterable[Item], key: str | None, layouts: tuple[Layout, .
         for beginning in beginnings(name, layouts)
     )
     likeliest = sorted(known, key=lambda place: (key is None or not _is_at(place, key), -known[place]))[:MOST_PLACES]
+    orders = {container: {name: i for i, name in enumerate(names)} for container, names in state_dicts.items()}
+    in_order = {container: sorted(names) for container, names in state_dicts.items()}
+    tried: dict[Place, list[str]] = {}
+    left = MOST_TIMES * sum(map(len, state_dicts.values()))
+    for place in likeliest:
+        alike, size = in_order[place.container], len(place.beginning)
+        first = bisect_left(alike, place.beginning)
+        last = bisect_right(alike, place.beginning, first, key=itemgetter(slice(size)))
+        if last - first <= left:
+            tried[place] = sorted(alike[first:last], key=orders[place.container].__getitem__)
+            left -= last - first
     found: list[Candidate] = []
-    for place in sorted(likeliest, key=lambda place: -len(place.beginning)):
+    for place in sorted(tried, key=lambda place: -len(place.beginning)):
         inside = tuple(
             other.place.beginning
             for other in found
-            if other.place.container == place.container and not other.fit.problems
+            if other.place.container == place.container and not other.fit.different
         )
         tensors = {
-            name.removeprefix(place.beginning): tensor
-            for name, tensor in state_dicts[place.container].items()
-            if name.startswith(place.beginning) and not name.startswith(inside)
+            name.removeprefix(place.beginning): state_dicts[place.container][name]
+            for name in tried[place]
+            if not name.startswith(inside)
         }
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         found.append(Candidate(place, tensors, best_fit(shapes, layouts, head=head)))
@@ -176,30 +197,28 @@ def _is_at(place: Place, key: str) -> bool:
 
 def distinct(found: Iterable[Candidate]) -> list[Candidate]:
     """One of each group of equal candidates, the shortest address first."""
-    different: list[Candidate] = []
+    different: dict[bytes, Candidate] = {}
     for candidate in sorted(found, key=lambda candidate: len(candidate.place.address)):
-        if not any(equal(candidate, other) for other in different):
-            different.append(candidate)
-    return different
+        different.setdefault(fingerprint(candidate), candidate)
+    return list(different.values())
 
 
-def equal(one: Candidate, other: Candidate) -> bool:
-    """Whether two candidates are the same model, bit for bit (so that NaN equals itself)."""
-    return one.fit.layout == other.fit.layout and all(
-        name in other.tensors
-        and one.tensors[name].dtype == other.tensors[name].dtype
-        and one.tensors[name].shape == other.tensors[name].shape
-        and one.tensors[name].tobytes() == other.tensors[name].tobytes()
-        for name in one.fit.names
-    )
+def fingerprint(candidate: Candidate) -> bytes:
+    """The same for the same model, bit for bit (so that NaN equals itself), and for no other."""
+    digest = hashlib.sha256(candidate.fit.layout.id.encode())
+    for name in sorted(candidate.fit.names):
+        tensor = candidate.tensors[name]
+        digest.update(f'{name} {tensor.shape} {tensor.dtype} '.encode())
+        digest.update(tensor.tobytes())
+    return digest.digest()
 
 
-def left_aside(leaves: Iterable[Item], model: Candidate) -> dict[str, str]:
-    """What is not part of the model, grouped where its address parts from the model's."""
+def left_aside(leaves: Iterable[Item], model: Candidate, used: Iterable[str]) -> dict[str, str]:
+    """What is not among the names that are used of the model, grouped where its address parts from the model's."""
     groups: dict[str, list[Any]] = defaultdict(list)
     tensors: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     address = model.place.address
-    parts = {(*address, *name.split('.')) for name in model.fit.names}
+    parts = {(*address, *name.split('.')) for name in used}
     for leaf in leaves:
         path = (*leaf.container, *leaf.name.split('.'))
         if path[-1] in BOOKKEEPING:
@@ -229,7 +248,7 @@ def describe(values: list[Any]) -> str:
 
 def nearest(found: list[Candidate]) -> Candidate:
     """The candidate with the fewest problems, for its length."""
-    return min(found, key=lambda candidate: len(candidate.fit.problems) / len(candidate.fit.names))
+    return min(found, key=lambda candidate: len(candidate.fit.different) / len(candidate.fit.names))
 
 
 def refusal(leaves: list[Item], found: list[Candidate]) -> str:
@@ -239,11 +258,26 @@ def refusal(leaves: list[Item], found: list[Candidate]) -> str:
         for leaf in leaves
         if isinstance(leaf.value, np.ndarray)
     }
-    modules = sorted({leaf.value.name for leaf in leaves if isinstance(leaf.value, Foreign)})
-    if not shapes and modules:
+    objects = {'.'.join((*leaf.container, leaf.name)): leaf.value for leaf in leaves if isinstance(leaf.value, Foreign)}
+    for name, value in objects.items():
+        if (words := words_for(value.name)) and next(beginnings(name, layouts_of_all()), None) is not None:
+            return f'{name} is {words}'
+    if not shapes and objects:
+        kinds = ', '.join(sorted({quote(value.name) for value in objects.values()})[:MOST_OBJECTS])
+        name = next(iter(objects))
         return (
-            f'There are no tensors here, only objects of {", ".join(modules)}, which are never unpickled. '
-            "Save the state dict where those classes live: torch.save(model.state_dict(), 'weights.pt')."
+            f'There are no tensors here, only objects of {kinds}, which are never unpickled. If {quote(name)} is a '
+            'model, save its state dict where its class is:\n'
+            "    checkpoint = torch.load('x.pt', map_location='cpu', weights_only=False)\n"
+            f"    torch.save(checkpoint{''.join(f'[{part!r}]' for part in name.split('.'))}.state_dict(), 'weights.pt')"
+        )
+    files = ['.'.join((*leaf.container, leaf.name)) for leaf in leaves if is_file(leaf.value)]
+    if not shapes and files:
+        keys = ''.join(f'[{part!r}]' for part in files[0].split('.'))
+        return (
+            f'There are no tensors here, but {quote(files[0])} holds the bytes of a file. Write it, and convert that:\n'
+            "    checkpoint = torch.load('x.pt', map_location='cpu', weights_only=False)\n"
+            f"    pathlib.Path('inner.pt').write_bytes(checkpoint{keys})"
         )
     best = nearest(found) if found else None
     if best and (reason := relative({name: tensor.shape for name, tensor in best.tensors.items()})):
@@ -259,6 +293,11 @@ def refusal(leaves: list[Item], found: list[Candidate]) -> str:
     where = f' at {best.place.key!r}' if best.place.key else ''
     advice = f'\n{best.fit.advice}' if best.fit.advice else ''
     return f'No layout fits. The nearest is {best.fit.layout}{where}; the difference:\n{best.fit.difference}{advice}'
+
+
+def is_file(value: Any) -> bool:
+    """Whether these are bytes that torch.save, or another pickle, begins with."""
+    return isinstance(value, bytes) and value.startswith((b'PK\3\4', b'\x80\2', b'\x80\3', b'\x80\4', b'\x80\5'))
 
 
 def _list(found: list[Candidate]) -> str:

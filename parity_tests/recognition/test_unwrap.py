@@ -1,8 +1,12 @@
 """Whatever trainers wrap a model in: it is found, what is left aside is said, and nothing is guessed."""
 
 import argparse
+import io
+import pathlib
+import pickle
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,10 @@ import jax
 import numpy as np
 import pytest
 import torch
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel
 from vit_pytorch import MAE, Dino, ViT, deepvit, simple_flash_attn_vit, simple_vit, simple_vit_with_patch_dropout
 from vit_pytorch.accept_video_wrapper import AcceptVideoWrapper
@@ -24,6 +32,7 @@ import convert
 from convert import ConversionError, ConversionWarning, inspect
 from convert.recognition.unwrap import MOST_PLACES, unwrap
 from parity_tests.golden.make import port_table
+from parity_tests.support.fuzz import steps
 from parity_tests.support.reference import FLOAT64_BOUND, channels_first, perturbed, relative_error, to_numpy
 
 FIELDS: dict[str, Any] = {'image_size': 8, 'patch_size': 4, 'num_classes': 5, 'dim': 16, 'depth': 2, 'heads': 3}
@@ -159,7 +168,7 @@ def test_a_live_wrapper_that_computes_something_else_names_what_it_holds(wrapper
     wrapped = wrap(module())
     message = refusal(wrapped)
     assert message.startswith(f'This module is a {type(wrapped).__module__}.{type(wrapped).__qualname__}, which is')
-    assert re.search(rf'It holds .*pass .*: module\.get_submodule\({address!r}\)', message)
+    assert re.search(rf'It holds .*pass .*: module\.get_submodule\({address.removesuffix(".module")!r}\)', message)
 
 
 def test_a_part_of_the_model_that_is_wrapped_for_itself() -> None:
@@ -173,7 +182,147 @@ def test_a_part_of_the_model_that_is_wrapped_for_itself() -> None:
     inspection = inspect(prefixed('module.', inner.state_dict()))
     assert not inspection.unwrapped.left_aside
     assert_same(inspection.tensors, truth)
-    assert 'transformer is a torch._dynamo.eval_frame.OptimizedModule, but a' in refusal(inner)
+    wrapped = inner.transformer
+    assert_same(inspect(inner).tensors, truth)
+    assert inner.transformer is wrapped  # it is left as it was
+
+
+@pytest.mark.parametrize('wrap', [compiled, parallel, checkpoint_wrapper])
+def test_parts_of_a_live_module_that_are_wrapped(wrap: Any) -> None:
+    inner: Any = module('DeepViT')
+    truth = inner.state_dict()
+    plain = inspect(inner).fields
+    for block in inner.transformer.layers:
+        block[0], block[1].net[1] = wrap(block[0]), wrap(block[1].net[1])
+    inner.to_patch_embedding, inner.transformer = wrap(inner.to_patch_embedding), wrap(inner.transformer)
+    inspection = inspect(wrap(inner))
+    assert_same(inspection.tensors, truth)
+    assert inspection.fields == plain
+    inner.transformer.get_submodule(next(iter(inner.transformer._modules))).layers[0][0] = torch.nn.Identity()
+    assert 'another function' in refusal(inner)
+
+
+def test_a_fully_sharded_module(tmp_path: Path) -> None:
+    """One process holds all of each tensor: they are gathered. In a file they cannot be, and the advice is followed."""
+    inner: Any = module()
+    truth = {name: tensor.clone() for name, tensor in inner.state_dict().items()}
+    torch.distributed.init_process_group('gloo', store=HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh('cpu', (1,))
+        for part in (*(block[0] for block in inner.transformer.layers), inner):
+            fully_shard(part, mesh=mesh)
+        for source in (inner, inner.state_dict()):
+            assert_same(inspect(source).tensors, truth)
+        state_dict = inner.state_dict()
+        torch.save({'model': state_dict}, tmp_path / 'x.pt')
+        message = refusal(tmp_path / 'x.pt')
+        assert message.startswith('model.')
+        assert 'lies on several processes' in message
+        assert_same(inspect(eval(message.split('\n')[1], {'state_dict': state_dict})).tensors, truth)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings('ignore:.*(quantize|Quant|Sparse|sparse)')
+@pytest.mark.parametrize(
+    ('kind', 'change'),
+    [
+        ('sparse', lambda tensor: tensor.to_sparse()),
+        ('sparse', lambda tensor: tensor.to_sparse_csr()),
+        ('quantised', lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)),
+        ('meta', lambda tensor: tensor.to('meta')),
+    ],
+)
+def test_tensors_without_plain_numbers_are_named(kind: str, change: Any, tmp_path: Path) -> None:
+    truth = module().state_dict()
+    state_dict = truth | {'linear_head.weight': change(truth['linear_head.weight'])}
+    torch.save({'model': prefixed('module.', state_dict)}, tmp_path / 'x.pt')
+    in_file, in_memory = refusal(tmp_path / 'x.pt'), refusal(state_dict)
+    assert in_file.startswith('model.module.linear_head.weight is a ' + kind.replace('meta', 'tensor of the meta'))
+    assert in_memory.startswith('linear_head.weight: a ' + kind.replace('meta', 'tensor of the meta'))
+    if kind != 'meta':
+        plain = eval(in_file.split('\n')[1], {'state_dict': state_dict})
+        assert inspect(plain).parameters == inspect(truth).parameters
+
+
+def test_a_file_inside_of_a_file_and_a_module_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    inner = module()
+    content = io.BytesIO()
+    torch.save(inner.state_dict(), content)
+    for tree, made in (({'run': {'model': content.getvalue()}}, 'inner.pt'), ({'run': {'model': inner}}, 'weights.pt')):
+        torch.save(tree, 'x.pt')
+        lines = [line.strip() for line in refusal('x.pt').split('\n') if line.startswith('    ')]
+        exec('\n'.join(lines), {'torch': torch, 'pathlib': pathlib})
+        assert_same(inspect(made).tensors, inner.state_dict())
+
+
+def test_plain_pickles_and_big_endian_arrays(tmp_path: Path) -> None:
+    truth = module('DeepViT').state_dict()
+    (tmp_path / 'x.pkl').write_bytes(pickle.dumps({'model': truth}))
+    assert_same(inspect(tmp_path / 'x.pkl').tensors, truth)
+    big = {name: tensor.numpy().astype('>f4') for name, tensor in truth.items()}
+    (tmp_path / 'x.pkl').write_bytes(pickle.dumps(big))
+    for source in (big, tmp_path / 'x.pkl'):
+        assert_same(inspect(source).tensors, truth)
+        _, variables = convert.from_torch(source, pool='cls', dropout=0.0, emb_dropout=0.0, patch_size=4, channels=3)
+        assert variables['params']['cls_token'].dtype == np.float32
+
+
+# ---- a table beside the parameters
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('size', [(8, 8), (8, 20), (20, 8), (4, 4), (4, 24), (24, 4)])
+def test_a_sincos_table_tells_the_image_size(size: tuple[int, int], dtype: torch.dtype) -> None:
+    inner = simple_vit.SimpleViT(**FIELDS | {'image_size': size}).to(dtype)
+    table: Any = inner.pos_embedding
+    for shown in (table.to(dtype), table.to(dtype)[None]):
+        inspection = inspect(prefixed('module.', inner.state_dict() | {'pos_embedding': shown}))
+        assert inspection.fields['image_size'].value == (size if size[0] != size[1] else size[0])
+        assert inspection.fields['image_size'].how == 'assumed'  # as the patch size, which is a factor of it
+        assert (
+            inspect(inner.state_dict() | {'pos_embedding': shown}, patch_size=4).fields['image_size'].how == 'inferred'
+        )
+        assert not inspection.unwrapped.left_aside
+        assert 'pos_embedding' not in inspection.tensors
+
+
+def test_another_table_is_another_function() -> None:
+    inner: Any = module()
+    state_dict, table = inner.state_dict(), inner.pos_embedding
+    for wrong in (table + 0.01, table[:, :8], table[:3], table.T, table * 0, table[:0], table * torch.nan):
+        assert 'not the sincos table of SimpleViT' in refusal(state_dict | {'pos_embedding': wrong})
+    message = refusal(state_dict | {'pos_embedding': table}, image_size=12)
+    assert (
+        'image_size=12 contradicts the weights: pos_embedding is the table of 2 x 2 patches of 4, which is 8' in message
+    )
+    assert inspect(state_dict | {'pos_embedding': table}, image_size=8).fields['image_size'].how == 'given'
+
+
+# ---- the work
+
+
+def many_places(count: int) -> dict[str, np.ndarray]:
+    """Names that might be parameters under as many beginnings as are tried, each with most of the others inside."""
+    empty = np.zeros((0,), np.float32)
+    nested = {f'{"x." * depth}linear_head.weight': empty for depth in range(70)}
+    deep = 'x.' * 70
+    return nested | {f'{deep}{number}.linear_head.bias.{number}': empty for number in range(count)}
+
+
+def test_the_work_grows_with_the_file_and_no_more() -> None:
+    """Each place was once held against the layouts with all the names in it."""
+    few, many = many_places(500), many_places(2000)
+    unwrap_or_refuse(few)  # what is made once is made
+    small, large = (steps(partial(unwrap_or_refuse, tree)) for tree in (few, many))
+    assert large < 4.2 * small
+    assert large < 600 * len(many)
+
+
+def unwrap_or_refuse(tree: Any) -> None:
+    with pytest.raises(ConversionError):
+        unwrap(tree)
 
 
 def test_a_trained_dino_asks_which_weights() -> None:
@@ -409,6 +558,7 @@ def test_containers_that_hold_themselves() -> None:
     found = unwrap(tree)
     assert (found.address, found.left_aside) == ('model', {})
     assert found.tensors == tensors
+    assert_same(inspect(tree).tensors, module().state_dict())
 
 
 def test_shared_containers_are_found_by_every_address() -> None:
