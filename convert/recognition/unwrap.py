@@ -8,7 +8,7 @@ import hashlib
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -111,11 +111,8 @@ def unwrap(
         )
         if len(alone) == 1 and not left_aside(leaves, alone[0], alone[0].fit.names):
             different = alone
-        elif alone and not (found and nearest(found).fit.advice):
-            raise ConversionError(
-                f"{refusal(leaves, found)}\nA Transformer is complete here: part='transformer' converts it alone, a "
-                f'module of tokens (batch, tokens, dim). {_list(alone)}'
-            )
+        else:
+            raise ConversionError(refusal(leaves, found, alone))
     if not different:
         raise ConversionError(refusal(leaves, found))
     model = different[0]
@@ -251,8 +248,8 @@ def nearest(found: list[Candidate]) -> Candidate:
     return min(found, key=lambda candidate: len(candidate.fit.different) / len(candidate.fit.names))
 
 
-def refusal(leaves: list[Item], found: list[Candidate]) -> str:
-    """Why nothing here can be converted, and what to do."""
+def refusal(leaves: list[Item], found: list[Candidate], alone: Sequence[Candidate] = ()) -> str:
+    """Why nothing here can be converted, and what to do; `alone`: the Transformers that are complete."""
     shapes = {
         '.'.join((*leaf.container, leaf.name)): leaf.value.shape
         for leaf in leaves
@@ -288,10 +285,11 @@ def refusal(leaves: list[Item], found: list[Candidate]) -> str:
         return reason
     if not best and (reason := refusal_of(shapes)):
         return reason
+    hint = f"\nA Transformer is complete here; part='transformer' converts it alone, for tokens. {_list(alone)}"
     if not best:
-        return f'This is no {model_names()} of vit-pytorch. {_contents(leaves)}'
+        return f'This is no {model_names()} of vit-pytorch. {_contents(leaves)}{hint if alone else ""}'
     where = f' at {best.place.key!r}' if best.place.key else ''
-    advice = f'\n{best.fit.advice}' if best.fit.advice else ''
+    advice = f'\n{best.fit.advice}' if best.fit.advice else hint if alone else ''
     return f'No layout fits. The nearest is {best.fit.layout}{where}; the difference:\n{best.fit.difference}{advice}'
 
 
@@ -300,7 +298,7 @@ def is_file(value: Any) -> bool:
     return isinstance(value, bytes) and value.startswith((b'PK\3\4', b'\x80\2', b'\x80\3', b'\x80\4', b'\x80\5'))
 
 
-def _list(found: list[Candidate]) -> str:
+def _list(found: Sequence[Candidate]) -> str:
     return 'Models here:\n' + '\n'.join(f'  {candidate}' for candidate in found) if found else ''
 
 
