@@ -55,7 +55,9 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option('--heads', type=click.IntRange(1), help='Attention heads (ViT, SimpleViT: not in the weights).'),
         click.option('--dim-head', type=click.IntRange(1), help='Size of a head, when it is not 64.'),
         click.option('--pool', type=click.Choice(['cls', 'mean']), help='Of ViT and DeepViT, when it is not cls.'),
-        click.option('--dropout', type=click.FloatRange(0, 1), help='Of ViT and DeepViT, in training, when it is not 0.'),
+        click.option(
+            '--dropout', type=click.FloatRange(0, 1), help='Of ViT and DeepViT, in training, when it is not 0.'
+        ),
         click.option('--emb-dropout', type=click.FloatRange(0, 1), help='Of their embedding, likewise.'),
         click.option('--channels', type=click.IntRange(1), help='Of the images, when it is not 3.'),
         click.option('--release', help='The vit-pytorch that wrote it, say 0.6.5, where the weights fit several.'),
@@ -159,7 +161,9 @@ def verify_command(context: click.RichContext, /, **arguments: Any) -> int:
 @cli.command('export')
 @click.argument('folder', metavar='OUT', type=click.Path(path_type=Path))
 @click.argument('target', metavar='CHECKPOINT', type=click.Path(path_type=Path))
-@click.option('--layout', help="An older release's names: V7 to V0, S1, S0, D1, D0; without it, the newest that computes this.")
+@click.option(
+    '--layout', help="An older release's names: V7 to V0, S1, S0, D1, D0; without it, the newest that computes this."
+)
 @click.option('--overwrite', is_flag=True, help='Replace CHECKPOINT if it exists.')
 def export_command(**arguments: Any) -> None:
     """Write the parameters in the folder OUT back to a PyTorch CHECKPOINT, .safetensors or .pt.

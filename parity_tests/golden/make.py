@@ -104,7 +104,7 @@ def download(folder: Path, version: str | None = None) -> Path:
 
 
 def architecture(wheel: Path, name: str, file: str | None = None) -> Any:
-    """The class ViT, SimpleViT or DeepViT of that release. Its source runs alone, under the name it has in vit-pytorch."""
+    """The class of that name of that release. Its source runs alone, under the name it has in vit-pytorch."""
     file = file or {'SimpleViT': 'simple_vit', 'DeepViT': 'deepvit', 'ViT': 'vit'}[name]
     with zipfile.ZipFile(wheel) as archive:
         if f'vit_pytorch/{file}.py' not in archive.namelist():  # ViT's before 0.10
