@@ -89,8 +89,8 @@ class ViTArchitecture(Architecture):
         Layout('V2', ViT, '0.6.7 to 0.6.8', _BEFORE_0_7, _BEFORE_0_7_NAMES, _BATCHED),
         Layout('V1', ViT, '0.3.0 to 0.6.6', _BEFORE_0_6_7, _BEFORE_0_7_NAMES, _BATCHED),
         Layout('V0', ViT, '0.2.2 to 0.2.7', _BEFORE_0_3, _BEFORE_0_7_NAMES, _BATCHED),
-        Layout('V0-0.2.1', ViT, '0.2.1', _BEFORE_0_3, _BEFORE_0_2_2_NAMES, _BATCHED),
-        Layout('V0-0.2.0', ViT, '0.2.0', _BEFORE_0_3, _FIRST_NAMES, _BATCHED),
+        Layout('V0b', ViT, '0.2.1', _BEFORE_0_3, _BEFORE_0_2_2_NAMES, _BATCHED),
+        Layout('V0a', ViT, '0.2.0', _BEFORE_0_3, _FIRST_NAMES, _BATCHED),
     )
     # The head's LayerNorm under today's name. Of the class token alone it computes the same there; read, it is V8.
     head_norm_as_final = Layout(

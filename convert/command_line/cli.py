@@ -53,12 +53,15 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option('--part', type=click.Choice(['transformer']), help='Only that, whatever the rest is.'),
         click.option('--image-size', callback=size, help='As in training: 224, or 224x160 (height x width).'),
         click.option('--patch-size', callback=size, help='As in training: 16, or 16x8.'),
-        click.option('--heads', type=click.IntRange(1), help='Attention heads (SimpleViT: not in the weights).'),
+        click.option('--heads', type=click.IntRange(1), help='Attention heads (ViT, SimpleViT: not in the weights).'),
         click.option('--dim-head', type=click.IntRange(1), help='Size of a head, when it is not 64.'),
-        click.option('--pool', type=click.Choice(['cls', 'mean']), help='Of DeepViT, when it is not cls.'),
-        click.option('--dropout', type=click.FloatRange(0, 1), help='Of DeepViT, in training, when it is not 0.'),
-        click.option('--emb-dropout', type=click.FloatRange(0, 1), help="Of DeepViT's embedding, likewise."),
+        click.option('--pool', type=click.Choice(['cls', 'mean']), help='Of ViT and DeepViT, when it is not cls.'),
+        click.option(
+            '--dropout', type=click.FloatRange(0, 1), help='Of ViT and DeepViT, in training, when it is not 0.'
+        ),
+        click.option('--emb-dropout', type=click.FloatRange(0, 1), help='Of their embedding, likewise.'),
         click.option('--channels', type=click.IntRange(1), help='Of the images, when it is not 3.'),
+        click.option('--release', help='The vit-pytorch that wrote it, say 0.6.5, where the weights fit several.'),
         click.option('--num-classes', type=click.IntRange(0), help='0: without the head, for the pooled features.'),
     ]
     for option in reversed(options):
@@ -70,7 +73,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.version_option(__version__)
 @click.option('--debug', is_flag=True, help='Show the traceback of an error.')
 def cli(debug: bool) -> None:
-    """Turn vit-pytorch's DeepViT and SimpleViT checkpoints into Flax models, and prove that both compute the same.
+    """Turn vit-pytorch's ViT, SimpleViT and DeepViT checkpoints into Flax models, and prove that both compute the same.
 
     Begin with `flax-vit demo`, or with `flax-vit inspect CHECKPOINT` on your own file.
 
@@ -159,7 +162,9 @@ def verify_command(context: click.RichContext, /, **arguments: Any) -> int:
 @cli.command('export')
 @click.argument('folder', metavar='OUT', type=click.Path(path_type=Path))
 @click.argument('target', metavar='CHECKPOINT', type=click.Path(path_type=Path))
-@click.option('--layout', help="An older release's names: S1, S0, D1, D0; without it, the newest that computes this.")
+@click.option(
+    '--layout', help="An older release's names: V7 to V0, S1, S0, D1, D0; without it, the newest that computes this."
+)
 @click.option('--overwrite', is_flag=True, help='Replace CHECKPOINT if it exists.')
 def export_command(**arguments: Any) -> None:
     """Write the parameters in the folder OUT back to a PyTorch CHECKPOINT, .safetensors or .pt.
@@ -199,7 +204,7 @@ def serve_export_command(**arguments: Any) -> None:
 
 @cli.command('demo')
 def demo_command() -> int:
-    """Convert, verify and compare, on two models that vit-pytorch trained on handwritten digits."""
+    """Convert, verify and compare, on three models that vit-pytorch trained on handwritten digits."""
     from convert.command_line import commands
 
     return RIGHT if commands.run_demo() else WRONG

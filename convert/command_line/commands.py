@@ -34,8 +34,8 @@ from convert.proof.saved_outputs import Comparison
 from flax_vit import export_serving, from_pretrained, save_pretrained
 from flax_vit.folders.config import read_config
 
-FIELDS = frozenset({'key', 'part', 'image_size', 'patch_size', 'heads', 'dim_head', 'pool', 'dropout', 'emb_dropout'})
-FIELDS |= {'channels', 'num_classes'}
+FIELDS = frozenset({'key', 'part', 'release', 'image_size', 'patch_size', 'heads', 'dim_head', 'pool', 'dropout'})
+FIELDS |= {'emb_dropout', 'channels', 'num_classes'}
 RUN = frozenset({'images', 'count', 'seed', 'dtype', 'gradients', 'page'})
 
 Arguments = ParamSpec('Arguments')

@@ -17,6 +17,7 @@ from flax_vit import from_pretrained, save_pretrained
 
 # What the weights cannot tell, of the models that examples/digits/train.py trains.
 FIELDS: dict[str, dict[str, Any]] = {
+    'vit': {'image_size': 8, 'patch_size': 4, 'channels': 1, 'heads': 2, 'dropout': 0.1, 'emb_dropout': 0.1},
     'simple_vit': {'image_size': 8, 'patch_size': 4, 'channels': 1, 'heads': 3},
     'deep_vit': {'image_size': 8, 'patch_size': 4, 'channels': 1, 'pool': 'cls', 'dropout': 0.1, 'emb_dropout': 0.1},
 }
@@ -44,7 +45,7 @@ def checkpoint_path(name: str) -> Path:
 
 
 def demo() -> bool:
-    """Convert, verify and compare both models; whether all is right."""
+    """Convert, verify and compare the models; whether all is right."""
     _, _, images, labels = digits()
     right = True
     for name, fields in FIELDS.items():

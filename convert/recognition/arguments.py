@@ -53,7 +53,7 @@ def read_arguments(
         values = {
             name: value
             for name, value in arguments.values.items()
-            if name in still and isinstance(value, str) == isinstance(fields[name].value, str)
+            if name in still and all(isinstance(value, t) == isinstance(fields[name].value, t) for t in (str, bool))
         }
         told = [name for name in arguments.values if fields[name].how == 'inferred']
         wrong = [name for name in told if not same(arguments.values[name], fields[name].value)]
@@ -118,13 +118,13 @@ def ends_in(key: Any, name: str) -> bool:
     return isinstance(key, str) and (key == name or (key.endswith(name) and key[-len(name) - 1] in './_'))
 
 
-def plain(value: Any) -> int | float | str | tuple[int, int] | None:
-    """A field's value: a number, a word, a pair; None for whatever else."""
+def plain(value: Any) -> int | float | str | bool | tuple[int, int] | None:
+    """A field's value: a number, a word, a pair, yes or no; None for whatever else."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, list | tuple) and len(value) == 2 and all(type(item) is int for item in value):
         return one_or_pair((value[0], value[1]))
-    return value if type(value) in {int, float, str} else None
+    return value if type(value) in {int, float, str, bool} else None
 
 
 def same(one: Any, other: Any) -> bool:

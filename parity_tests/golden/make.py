@@ -34,6 +34,14 @@ FIELDS: dict[str, Any] = {
 FIELDS_OF: dict[str, dict[str, Any]] = {
     'SimpleViT': FIELDS | {'image_size': (4, 9), 'patch_size': (2, 3)},
     'DeepViT': FIELDS | {'image_size': 6, 'patch_size': 3, 'pool': 'mean', 'dropout': 0.2, 'emb_dropout': 0.3},
+    # 25 patches: early releases want more than 16
+    'ViT': FIELDS | {'image_size': 10, 'patch_size': 2, 'pool': 'mean', 'dropout': 0.2, 'emb_dropout': 0.3, 'depth': 1},
+}
+# What releases of ViT did not take yet: heads shared `dim`, the class token was what is pooled.
+BEFORE: dict[tuple[int, ...], dict[str, Any]] = {
+    (0, 2, 2): {'dropout': None, 'emb_dropout': None},
+    (0, 4, 0): {'dim_head': None, 'heads': 2},
+    (0, 5, 0): {'pool': None},
 }
 # Golden file -> the release that makes it, its module and class.
 GOLDEN = {
@@ -48,6 +56,17 @@ GOLDEN = {
     'D0-0.40.2': ('0.40.2', 'DeepViT'),
     'D1-1.4.2': ('1.4.2', 'DeepViT'),
     'D2-1.4.3': ('1.4.3', 'DeepViT'),
+    'V0a-0.2.0': ('0.2.0', 'ViT'),
+    'V0b-0.2.1': ('0.2.1', 'ViT'),
+    'V0-0.2.7': ('0.2.7', 'ViT'),
+    'V1-0.6.5': ('0.6.5', 'ViT'),
+    'V2-0.6.8': ('0.6.8', 'ViT'),
+    'V3-0.9.3': ('0.9.3', 'ViT'),
+    'V4-0.16.0': ('0.16.0', 'ViT'),
+    'V5-1.2.9': ('1.2.9', 'ViT'),
+    'V6-1.15.7': ('1.15.7', 'ViT'),
+    'V7-1.16.0': ('1.16.0', 'ViT'),
+    'V8-1.16.1': ('1.16.1', 'ViT'),
 }
 # B-cos/B-cos-v2 gave the parts of S0 these names.
 B_COS = {
@@ -65,6 +84,15 @@ B_COS = {
 }
 
 
+def arguments_of(model: str, version: str | None, **others: Any) -> dict[str, Any]:
+    """What that release's class is built with."""
+    arguments = FIELDS_OF[model] | others
+    if model == 'ViT' and version:
+        for border, changes in BEFORE.items():
+            arguments |= changes if tuple(map(int, version.split('.'))) < border else {}
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
 def download(folder: Path, version: str | None = None) -> Path:
     """The wheel of a vit-pytorch release, the newest without `version`. Raises SubprocessError, with pip's words."""
     name = f'vit-pytorch=={version}' if version else 'vit-pytorch'
@@ -76,9 +104,11 @@ def download(folder: Path, version: str | None = None) -> Path:
 
 
 def architecture(wheel: Path, name: str, file: str | None = None) -> Any:
-    """The class SimpleViT or DeepViT of that release. Its source runs alone, under the name it has in vit-pytorch."""
-    file = file or {'SimpleViT': 'simple_vit', 'DeepViT': 'deepvit'}[name]
+    """The class of that name of that release. Its source runs alone, under the name it has in vit-pytorch."""
+    file = file or {'SimpleViT': 'simple_vit', 'DeepViT': 'deepvit', 'ViT': 'vit'}[name]
     with zipfile.ZipFile(wheel) as archive:
+        if f'vit_pytorch/{file}.py' not in archive.namelist():  # ViT's before 0.10
+            file = 'vit_pytorch'
         source = archive.read(f'vit_pytorch/{file}.py')
     module = ModuleType(f'vit_pytorch.{file}')
     exec(compile(source, f'{wheel.name}/{file}.py', 'exec'), vars(module))
@@ -115,7 +145,7 @@ def random_images(fields: Mapping[str, Any], batch: int = 3) -> np.ndarray:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, (version, model) in GOLDEN.items():
-            fields = FIELDS_OF[model]
+            fields = arguments_of(model, version)
             module = perturbed(architecture(download(Path(folder), version), model)(**fields))
             state_dict = dict(module.state_dict())
             if name == 'B-cos':

@@ -14,12 +14,13 @@ import pytest
 import torch
 import vit_pytorch.deepvit
 import vit_pytorch.simple_vit
+import vit_pytorch.vit
 from flax import linen as nn
 from jaxtyping import TypeCheckError
 from scipy import stats
 
 import convert
-from flax_vit import DeepViT, SimpleViT
+from flax_vit import DeepViT, SimpleViT, ViT
 from flax_vit.deep_vit import HeadNorm
 from flax_vit.layers import FeedForward, Linear, gelu, softmax
 from flax_vit.simple_vit import Attention
@@ -35,8 +36,12 @@ from parity_tests.support.reference import (
     to_numpy,
 )
 
-both_models = pytest.mark.parametrize('name', ['deep-plain', 'simple-oblong-patches'])
-THEIRS = {DeepViT: vit_pytorch.deepvit.DeepViT, SimpleViT: vit_pytorch.simple_vit.SimpleViT}
+every_model = pytest.mark.parametrize('name', ['deep-plain', 'simple-oblong-patches', 'vit-oblong'])
+THEIRS = {
+    DeepViT: vit_pytorch.deepvit.DeepViT,
+    SimpleViT: vit_pytorch.simple_vit.SimpleViT,
+    ViT: vit_pytorch.vit.ViT,
+}
 Fields = dict[str, Any]
 SIZES = ('image_size', 'patch_size', 'num_classes', 'dim', 'depth', 'heads', 'mlp_dim')
 SMALL: Fields = dict(zip(SIZES, (12, 4, 3, 8, 1, 2, 5), strict=True))
@@ -97,7 +102,16 @@ def test_readme_simple_vit() -> None:
     assert parameter_count(params) == pytorch_parameter_count(SimpleViT, README)
 
 
-@both_models
+def test_readme_vit() -> None:
+    key = jax.random.PRNGKey(0)
+    img = jax.random.normal(key, (1, 256, 256, 3))
+    v: Any = ViT(**README, dropout=0.1, emb_dropout=0.1)
+    params = jax.eval_shape(v.init, {'params': jax.random.PRNGKey(1), 'dropout': jax.random.PRNGKey(2)}, img)
+    assert jax.eval_shape(v.apply, params, img).shape == (1, 1000)
+    assert parameter_count(params) == pytorch_parameter_count(ViT, README)
+
+
+@every_model
 def test_both_orders_of_the_axes_give_the_same(name: str) -> None:
     _, model, variables = converted(CONFIGURATIONS[name], torch.float32)
     images = jnp.asarray(random_images(CONFIGURATIONS[name]), jnp.float32)
@@ -105,14 +119,14 @@ def test_both_orders_of_the_axes_give_the_same(name: str) -> None:
     np.testing.assert_array_equal(apply(variables, images), apply(variables, images.transpose(0, 3, 1, 2)))
 
 
-@both_models
+@every_model
 def test_numpy_images(name: str) -> None:
     _, model, variables = converted(CONFIGURATIONS[name], torch.float32)
     images = random_images(CONFIGURATIONS[name]).astype(np.float32)
     np.testing.assert_array_equal(model.apply(variables, images), model.apply(variables, jnp.asarray(images)))
 
 
-@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
+@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT, ViT])
 def test_where_both_orders_fit_the_channels_are_last(model_class: Any, float64: None) -> None:
     fields: dict[str, Any] = {
         'image_size': 4,
@@ -145,7 +159,7 @@ def test_where_both_orders_fit_the_channels_are_last(model_class: Any, float64: 
     ],
     ids=str,
 )
-@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
+@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT, ViT])
 def test_wrong_fields(model_class: Any, wrong: dict[str, Any], words: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match=model_class.__name__) as error:
         model_class(**SMALL | wrong)
@@ -163,6 +177,12 @@ def test_wrong_fields(model_class: Any, wrong: dict[str, Any], words: tuple[str,
         (SimpleViT, {'image_size': (12, 20), 'patch_size': (4, 6)}, ('(12, 20)', '(4, 6)')),
         (SimpleViT, {'image_size': (12, 0)}, ('image_size', '(12, 0)')),
         (SimpleViT, {'patch_size': (5, 4)}, ('(12, 12)', '(5, 4)')),
+        (ViT, {'pool': 'max'}, ('pool', "'max'", "'cls'", "'mean'")),
+        (ViT, {'dropout': 1.5}, ('dropout', '1.5')),
+        (ViT, {'patch_size': (5, 4)}, ('(12, 12)', '(5, 4)')),
+        (ViT, {'class_token': False}, ("pool='cls'", 'class_token=True')),
+        (ViT, {'project_out': False}, ('project_out=False', 'heads=1', 'dim_head=8', 'heads=2', 'dim_head=64')),
+        (ViT, {'hidden_head': True}, ('hidden_head=True', 'norm_after_mean=True')),
     ],
     ids=str,
 )
@@ -182,6 +202,8 @@ def test_wrong_fields_of_one_model(model_class: Any, wrong: dict[str, Any], word
         (SimpleViT, 'dim', (8, 8)),
         (SimpleViT, 'depth', 1.5),
         (SimpleViT, 'image_size', (12, 12, 12)),
+        (ViT, 'scale_by_dim', 1),
+        (ViT, 'class_token', 'yes'),
     ],
 )
 def test_fields_of_the_wrong_type(model_class: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +228,7 @@ def test_fields_of_the_wrong_type(model_class: Any, name: str, value: Any, monke
     ],
     ids=str,
 )
-@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
+@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT, ViT])
 def test_images_of_a_wrong_shape(model_class: Any, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=model_class.__name__) as error:
         jax.eval_shape(model_class(**SMALL).init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
@@ -215,7 +237,7 @@ def test_images_of_a_wrong_shape(model_class: Any, shape: tuple[int, ...]) -> No
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
+@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT, ViT])
 def test_images_of_whole_numbers(model_class: Any) -> None:
     with pytest.raises(ValueError, match='uint8'):
         jax.eval_shape(model_class(**SMALL).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 12, 12, 3), jnp.uint8))
@@ -226,7 +248,7 @@ def test_simple_vit_takes_no_smaller_image() -> None:
         jax.eval_shape(SimpleViT(**SMALL).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
 
 
-@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
+@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT, ViT])
 def test_initial_values_have_pytorchs_distributions(model_class: Any) -> None:
     fields = dict(zip(SIZES, (64, 8, 300, 128, 1, 24, 400), strict=True)) | {'channels': 2, 'dim_head': 4}
     model = model_class(**fields)
@@ -271,7 +293,7 @@ def traced(model: Any, dtype: Any = jnp.float32) -> list[Any]:
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
+@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT, ViT])
 def test_softmax_and_norm_statistics_are_in_float32(model_class: Any, dtype: str) -> None:
     found = traced(model_class(**SMALL, dtype=dtype, param_dtype=dtype), dtype)
     dtypes = {
@@ -286,7 +308,7 @@ def test_softmax_and_norm_statistics_are_in_float32(model_class: Any, dtype: str
     }
 
 
-@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
+@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT, ViT])
 def test_dtype_is_of_the_computation_and_param_dtype_of_the_parameters(model_class: Any) -> None:
     def dtypes(images: str, **numerics: str) -> tuple[set[str], str]:
         shape = jax.ShapeDtypeStruct((1, 12, 12, 3), images)
@@ -302,7 +324,7 @@ def test_dtype_is_of_the_computation_and_param_dtype_of_the_parameters(model_cla
     assert dtypes('bfloat16', dtype='float32') == ({'float32'}, 'float32')
 
 
-@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
+@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT, ViT])
 def test_dtype_reaches_every_matrix_product_and_precision_too(model_class: Any) -> None:
     def products(**numerics: Any) -> set[Any]:
         every = traced(model_class(**SMALL, **numerics))
@@ -318,7 +340,7 @@ def test_dtype_reaches_every_matrix_product_and_precision_too(model_class: Any) 
     assert products(dtype=jnp.bfloat16) == {('bfloat16', 'bfloat16', None)}
 
 
-@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
+@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT, ViT])
 def test_what_a_model_cannot_be_computed_in(model_class: Any) -> None:
     for name in ('dtype', 'param_dtype'):
         for dtype in ('foo', 'bf16', 'int32', bool, np.dtype('complex64'), 7):
@@ -333,7 +355,7 @@ def test_what_a_model_cannot_be_computed_in(model_class: Any) -> None:
 
 
 @pytest.mark.usefixtures('unchecked')
-@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
+@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT, ViT])
 def test_what_is_no_number_and_no_image(model_class: Any) -> None:
     with pytest.raises(ValueError, match='heads must be a whole number from 1 up, not True'):
         model_class(**SMALL | {'heads': True})
@@ -347,7 +369,7 @@ def test_what_is_no_number_and_no_image(model_class: Any) -> None:
         DeepViT(**SMALL, pool=['cls'])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
+@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT, ViT])
 def test_however_a_dtype_is_given_the_model_is_the_same(model_class: Any) -> None:
     ways = [model_class(**SMALL, dtype=dtype) for dtype in ('bfloat16', jnp.bfloat16, jnp.dtype('bfloat16'))]
     assert len(set(ways)) == 1
@@ -355,17 +377,17 @@ def test_however_a_dtype_is_given_the_model_is_the_same(model_class: Any) -> Non
     assert hash(model_class(**SMALL)) == hash(model_class(**SMALL, param_dtype=np.dtype('float32')))
 
 
-@both_models
+@every_model
 def test_without_classes_the_features_come_out(name: str, float64: None) -> None:
     module, model, variables = converted(CONFIGURATIONS[name])
-    head = 'mlp_head' if name.startswith('deep') else 'linear_head'
+    head = model.HEAD
     setattr(module, head, torch.nn.Identity())
     params = {part: values for part, values in variables['params'].items() if not part.startswith(head)}
     images = random_images(CONFIGURATIONS[name])
     check(output_errors(module, model.clone(num_classes=0), {'params': params}, images), FLOAT64_BOUND)
 
 
-@both_models
+@every_model
 def test_without_patch_norm(name: str, float64: None) -> None:
     """As vit-pytorch before 1.0.0: patches, then Linear."""
     module, model, variables = converted(CONFIGURATIONS[name])

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType
 
 import convert
-from flax_vit import DeepViT, SimpleViT, from_pretrained, save_pretrained, stack_layers, unstack_layers
+from flax_vit import DeepViT, SimpleViT, ViT, from_pretrained, save_pretrained, stack_layers, unstack_layers
 from flax_vit.layers import pair
 from parity_tests.support.reference import CONFIGURATIONS, QUICK, converted, pytorch
 
@@ -67,7 +67,7 @@ def test_a_tree_that_cannot_be_stacked() -> None:
         stack_layers({'params': {'transformer': wider}})
 
 
-@pytest.mark.parametrize('name', ['deep-mean', 'simple-oblong-patches'])
+@pytest.mark.parametrize('name', ['deep-mean', 'simple-oblong-patches', 'vit-oblong'])
 def test_converted_scanned_and_exported(name: str) -> None:
     module = pytorch(CONFIGURATIONS[name], torch.float32)
     _, plain = convert.from_torch(module)
@@ -79,7 +79,7 @@ def test_converted_scanned_and_exported(name: str) -> None:
     assert convert.verify(module, converted=(model, variables)).right
 
 
-@pytest.mark.parametrize('name', ['deep-mean', 'simple-oblong-patches'])
+@pytest.mark.parametrize('name', ['deep-mean', 'simple-oblong-patches', 'vit-oblong'])
 def test_folders_hold_block_after_block(name: str, tmp_path: Path) -> None:
     _, model, variables = converted(CONFIGURATIONS[name], torch.float32)
     save_pretrained(tmp_path / 'plain', model, variables)
@@ -196,7 +196,7 @@ def test_options_that_make_no_sense(field: str, value: Any, monkeypatch: pytest.
         model.clone(**{field: value})
 
 
-@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT])
+@pytest.mark.parametrize('model_class', [DeepViT, SimpleViT, ViT])
 def test_parameters_of_several_dtypes(model_class: Any) -> None:
     """Norms wide, the rest and the images half: every layer's result is of what they promote to."""
     model = model_class(

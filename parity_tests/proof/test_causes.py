@@ -30,7 +30,18 @@ from convert.proof.torch_side import TorchSide
 from convert.recognition import names as params
 from flax_vit import SimpleViT
 from parity_tests.proof import test_slips
-from parity_tests.proof.test_slips import DEEP, DROPOUT_SLIPS, SIMPLE, SLIPS, Port, Slip
+from parity_tests.proof.test_slips import (
+    CASES,
+    DEEP,
+    DROPOUT_SLIPS,
+    MODELS,
+    SIMPLE,
+    SLIPS,
+    VIT,
+    VIT_MEAN,
+    Port,
+    Slip,
+)
 from parity_tests.support.reference import (
     CONFIGURATIONS,
     QUICK,
@@ -77,6 +88,9 @@ NAMED = {
         "patch embedding: matches with a patch's values in the order columns, rows, channels"
     ),
     'patches_column_by_column': 'patch embedding: matches with the patches column by column instead of row by row',
+    'scale_of_releases_before_0_6_7': 'block 0 attention: matches with the scale 24**-0.5 (dim) instead of 6**-0.5',
+    'class_token_last': 'block 0 attention: matches with the class token last instead of first',
+    'pooled_by_the_mean': 'pooled features: matches if pooled by the mean of all tokens instead of the first token',
     'reattention_transposed': (
         "block 0 attention: reattn_weights: not the source's, at most … apart; matches with reattn_weights transposed"
     ),
@@ -111,6 +125,7 @@ def named(cause: str, *configurations: Configuration) -> Callable[[Slip], Slip]:
     def register(function: Slip) -> Slip:
         for configuration in configurations or (DEEP, SIMPLE):
             MORE[configuration.architecture, function.__name__] = function, cause
+            CASES[configuration.architecture, function.__name__] = configuration
         return function
 
     return register
@@ -129,7 +144,7 @@ def submodules(port: Port, path: str, function: Callable[..., Any]) -> None:
 
 @named(f'block 0 feed-forward: matches {EPSILON} and {TANH}')
 def defaults_of_flax_in_the_feed_forward(port: Port) -> None:
-    port.substitute('gelu', nn.gelu)
+    port.substitute_gelu(nn.gelu)
     norm = nn.LayerNorm(use_fast_variance=False)
     submodules(
         port,
@@ -140,7 +155,7 @@ def defaults_of_flax_in_the_feed_forward(port: Port) -> None:
 
 @named('block 0 feed-forward: matches with the sigmoid approximation of GELU instead of erf')
 def sigmoid_gelu(port: Port) -> None:
-    port.substitute('gelu', lambda x: x * nn.sigmoid(1.702 * x))
+    port.substitute_gelu(lambda x: x * nn.sigmoid(1.702 * x))
 
 
 @named('patch embedding: matches with a LayerNorm epsilon of 1e-12 instead of 1e-05')
@@ -244,6 +259,15 @@ def swap_table(port: Port, function: Callable[[np.ndarray], np.ndarray]) -> None
     submodules(port, 'transformer', swapped)
 
 
+@named('pooled features: matches if pooled by the mean of all tokens but the first instead of the first token', VIT)
+def pooled_by_the_mean_of_the_patches(port: Port) -> None:
+    def mean(call: Any, x: Any, keywords: Any, module: Any) -> Any:
+        x = call(x, **keywords)
+        return jnp.broadcast_to(x[:, 1:].mean(axis=1, keepdims=True), x.shape)
+
+    submodules(port, 'transformer', mean)
+
+
 @named("logits: none of the … known mistakes fits: it is PyTorch's times 1.5")
 def logits_grown(port: Port) -> None:
     deep = port.file is flax_vit.deep_vit
@@ -252,19 +276,19 @@ def logits_grown(port: Port) -> None:
 
 @named("block 0 feed-forward: none of the … known mistakes fits: it is … from PyTorch's at most … times as large")
 def something_unknown(port: Port) -> None:
-    port.substitute('gelu', lambda x: jnp.sin(x))
+    port.substitute_gelu(jnp.sin)
 
 
 prepared, inspected = cache(converted), cache(convert.inspect)
 
 
-def run(architecture: str, slip: Slip, monkeypatch: pytest.MonkeyPatch, dtype: str = 'float64') -> Report:
+def run(configuration: Configuration, slip: Slip, monkeypatch: pytest.MonkeyPatch, dtype: str = 'float64') -> Report:
     """What `verify` finds of a model with a slip in it. Whatever has no part in it is done once, or fast."""
     monkeypatch.setattr(test_slips, 'converted', prepared)
     monkeypatch.setattr(import_module('convert.proof.parity'), 'inspect', inspected)
     if dtype == 'float64':
         monkeypatch.setattr(jax, 'jit', partial(jax.jit, compiler_options=QUICK))
-    port = Port.of({'DeepViT': DEEP, 'SimpleViT': SIMPLE}[architecture], monkeypatch)
+    port = Port.of(configuration, monkeypatch)
     slip(port)
     with ExitStack() as stack:
         for interceptor in port.interceptors:
@@ -290,7 +314,7 @@ def test_every_slip_has_its_cause() -> None:
 
 @pytest.mark.parametrize(('architecture', 'name'), SLIPS, ids=map('-'.join, SLIPS))
 def test_slip(architecture: str, name: str, monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
-    report, cause = run(architecture, SLIPS[architecture, name], monkeypatch), NAMED[name]
+    report, cause = run(CASES[architecture, name], SLIPS[architecture, name], monkeypatch), NAMED[name]
     if cause is None:
         assert report.right
         assert report.causes == []
@@ -301,7 +325,7 @@ def test_slip(architecture: str, name: str, monkeypatch: pytest.MonkeyPatch, flo
 @pytest.mark.parametrize(('architecture', 'name'), MORE, ids=map('-'.join, MORE))
 def test_more(architecture: str, name: str, monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
     slip, cause = MORE[architecture, name]
-    assert_named(run(architecture, slip, monkeypatch), cause)
+    assert_named(run(CASES[architecture, name], slip, monkeypatch), cause)
 
 
 @pytest.mark.parametrize('architecture', ['DeepViT', 'SimpleViT'])
@@ -320,7 +344,7 @@ def test_products_of_fewer_bits(
         port.substitute('jnp', SimpleNamespace(**{**vars(jnp), 'einsum': einsum}), flax_vit.layers)
         port.images -= 1000
 
-    report = run(architecture, slip, monkeypatch, 'float32')
+    report = run(MODELS[architecture], slip, monkeypatch, 'float32')
     assert_named(report, f"patch embedding: matches with matrix products in {name} (set precision='highest')")
 
 
@@ -335,15 +359,17 @@ def test_fast_variance_in_float32_only(
         SLIPS[architecture, 'fast_variance'](port)
         port.images -= 1000 - mean
 
-    report = run(architecture, slip, monkeypatch, 'float32')
+    report = run(MODELS[architecture], slip, monkeypatch, 'float32')
     if mean == 10:
         assert report.rows[0].exact <= report.rows[0].limit
     assert_named(report, f'patch embedding: … {FAST}')
 
 
-@pytest.mark.parametrize('architecture', ['DeepViT', 'SimpleViT'])
-def test_no_cause_where_all_is_right(architecture: str, monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
-    report = run(architecture, lambda port: None, monkeypatch)
+@pytest.mark.parametrize('configuration', [DEEP, SIMPLE, VIT, VIT_MEAN], ids=['DeepViT', 'SimpleViT', 'ViT', 'mean'])
+def test_no_cause_where_all_is_right(
+    configuration: Configuration, monkeypatch: pytest.MonkeyPatch, float64: None
+) -> None:
+    report = run(configuration, lambda port: None, monkeypatch)
     assert report.right
     assert report.causes == []
 
@@ -407,7 +433,7 @@ def test_parts_of_older_releases_and_without_head(
     assert_parts_right(model, source, images[0], outputs)
 
 
-@pytest.mark.parametrize('configuration', [DEEP, SIMPLE], ids=lambda configuration: configuration.architecture)
+@pytest.mark.parametrize('configuration', [DEEP, SIMPLE, VIT, VIT_MEAN], ids=['DeepViT', 'SimpleViT', 'ViT', 'mean'])
 def test_mistakes_differ(configuration: Configuration, float64: None) -> None:
     """No two mistakes give the same output, so that whatever is named is named rightly."""
     module, images = pytorch(configuration), random_images(configuration, batch=1)

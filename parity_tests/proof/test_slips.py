@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import flax_vit.deep_vit
 import flax_vit.layers
 import flax_vit.simple_vit
+import flax_vit.vit
 from parity_tests.support.reference import (
     FLOAT64_BOUND,
     Configuration,
@@ -28,6 +29,7 @@ from parity_tests.support.reference import (
     output_errors,
     random_images,
     simple_vit,
+    vit,
 )
 
 # Square where a slip needs it: heads x dim_head is dim, so that `to_out` may be transposed; DeepViT has as many
@@ -39,6 +41,12 @@ DEEP = deep_vit(
 SIMPLE = simple_vit(
     image_size=(6, 15), patch_size=(3, 5), num_classes=7, dim=24, depth=1, heads=4, mlp_dim=11, dim_head=6, channels=2
 )
+VIT = vit(
+    (6, 15), image_size=(6, 15), patch_size=(3, 5), num_classes=7, dim=24, depth=1, heads=4, mlp_dim=11, dim_head=6,
+    channels=2, dropout=0.3, emb_dropout=0.2,
+)  # fmt: skip
+VIT_MEAN = replace(VIT, fields={**VIT.fields, 'pool': 'mean'})  # without a class token
+MODELS = {'DeepViT': DEEP, 'SimpleViT': SIMPLE, 'ViT': VIT}
 
 
 @dataclass
@@ -61,7 +69,11 @@ class Port:
 
     @property
     def file(self) -> ModuleType:
-        return flax_vit.deep_vit if type(self.model).__name__ == 'DeepViT' else flax_vit.simple_vit
+        return {'DeepViT': flax_vit.deep_vit, 'SimpleViT': flax_vit.simple_vit, 'ViT': flax_vit.vit}[self.name]
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
 
     def substitute(self, name: str, value: Any, where: Any = None) -> None:
         self.monkeypatch.setattr(where or self.file, name, value)
@@ -70,7 +82,14 @@ class Port:
         if self.file is flax_vit.deep_vit:
             self.substitute('softmax', softmax)
         else:
-            self.substitute('exponentials', lambda x: (softmax(x), jnp.ones((*x.shape[:-1], 1), x.dtype)))
+
+            def exponentials(x: Any) -> tuple[Any, Any]:
+                return softmax(x), jnp.ones((*x.shape[:-1], 1), x.dtype)
+
+            self.substitute('exponentials', exponentials, flax_vit.layers)
+
+    def substitute_gelu(self, gelu: Callable[[Any], Any]) -> None:
+        self.substitute('gelu', gelu, flax_vit.simple_vit if self.name == 'SimpleViT' else flax_vit.layers)
 
     def respell(self, right: str, wrong: str, where: ModuleType | None = None) -> None:
         """`wrong` for `right` in every einops pattern of the module."""
@@ -106,6 +125,7 @@ class Port:
 
 Slip = Callable[[Port], None]
 SLIPS: dict[tuple[str, str], Slip] = {}
+CASES: dict[tuple[str, str], Configuration] = {}  # what each is put into
 
 
 def slip(*configurations: Configuration) -> Callable[[Slip], Slip]:
@@ -114,6 +134,7 @@ def slip(*configurations: Configuration) -> Callable[[Slip], Slip]:
     def register(function: Slip) -> Slip:
         for configuration in configurations:
             SLIPS[configuration.architecture, function.__name__] = function
+            CASES[configuration.architecture, function.__name__] = configuration
         return function
 
     return register
@@ -121,7 +142,7 @@ def slip(*configurations: Configuration) -> Callable[[Slip], Slip]:
 
 @slip(DEEP, SIMPLE)
 def tanh_gelu(port: Port) -> None:
-    port.substitute('gelu', nn.gelu)
+    port.substitute_gelu(nn.gelu)
 
 
 @slip(DEEP, SIMPLE)
@@ -159,7 +180,7 @@ def queries_and_keys_swapped(port: Port) -> None:
     port.change('to_qkv/kernel', lambda kernel: jnp.concatenate([jnp.split(kernel, 3, 1)[i] for i in (1, 0, 2)], 1))
 
 
-@slip(DEEP, SIMPLE)
+@slip(DEEP, SIMPLE, VIT)
 def queries_keys_and_values_per_head(port: Port) -> None:
     port.respell('(qkv h d)', '(h qkv d)')
 
@@ -169,12 +190,12 @@ def heads_inside_their_dimensions(port: Port) -> None:
     port.respell('(qkv h d)', '(qkv d h)')
 
 
-@slip(DEEP, SIMPLE)
+@slip(DEEP, SIMPLE, VIT)
 def heads_joined_the_wrong_way(port: Port) -> None:
     port.respell('-> b n (h d)', '-> b n (d h)')
 
 
-@slip(SIMPLE)
+@slip(SIMPLE, VIT)
 def heads_wrong(port: Port) -> None:
     port.model = port.model.clone(heads=6, dim_head=4)
 
@@ -199,6 +220,11 @@ def columns_of_a_patch_before_its_rows(port: Port) -> None:
 @slip(DEEP, SIMPLE)
 def patches_column_by_column(port: Port) -> None:
     port.respell('-> b (h w)', '-> b (w h)', flax_vit.layers)
+
+
+@slip(VIT)
+def scale_of_releases_before_0_6_7(port: Port) -> None:
+    port.model = port.model.clone(scale_by_dim=True)
 
 
 @slip(DEEP)
@@ -230,14 +256,27 @@ def epsilon_of_flax_in_reattention(port: Port) -> None:
     reattend(port, axis=1, epsilon=1e-6)
 
 
-@slip(DEEP)
+@slip(DEEP, VIT)
 def class_token_takes_the_last_position(port: Port) -> None:
-    port.change('pos_embedding', lambda table: jnp.roll(table, 1, axis=1))
+    port.change('pos_embedding', lambda table: jnp.roll(table, 1, axis=-2))
 
 
-@slip(DEEP)
+@slip(DEEP, VIT)
 def class_token_without_position(port: Port) -> None:
-    port.change('pos_embedding', lambda table: table.at[:, 0].set(0))
+    port.change('pos_embedding', lambda table: table.at[..., 0, :].set(0))
+
+
+@slip(VIT)
+def class_token_last(port: Port) -> None:
+    def last(x: Any, cls_token: Any) -> Any:
+        return jnp.concatenate([x, jnp.broadcast_to(cls_token, (len(x), *cls_token.shape))], axis=1)
+
+    port.substitute('with_class_token', last)
+
+
+@slip(VIT)
+def pooled_by_the_mean(port: Port) -> None:
+    port.model = port.model.clone(pool='mean')
 
 
 @slip(DEEP)
@@ -245,7 +284,7 @@ def pooled_by_the_class_token(port: Port) -> None:
     port.model = port.model.clone(pool='cls')
 
 
-@slip(SIMPLE)
+@slip(SIMPLE, VIT_MEAN)
 def pooled_by_the_first_token(port: Port) -> None:
     def first(call: Any, x: Any, keywords: Any) -> Any:
         x = call(x, **keywords)
@@ -262,10 +301,11 @@ def norm_before_pooling(port: Port) -> None:
     port.intercept('mlp_head_0', lambda call, x, keywords: x)
 
 
-@slip(SIMPLE)
+@slip(SIMPLE, VIT_MEAN)
 def norm_after_pooling(port: Port) -> None:
     port.model = port.model.clone(norm_after_mean=True)
-    moved = {'transformer/norm': 'linear_head_0', 'linear_head': 'linear_head_1'}
+    head = port.model.HEAD
+    moved = {'transformer/norm': f'{head}_0', head: f'{head}_1'}
     for old, new in moved.items():
         for name in [name for name in port.params if name.startswith(f'{old}/')]:
             port.params[name.replace(old, new)] = port.params.pop(name)
@@ -290,6 +330,7 @@ def sincos_steps_in_float64(port: Port) -> None:
 
 # Seen in training only, with the same masks on both sides.
 DROPOUT_SLIPS: dict[tuple[str, str], Slip] = {}
+CASES: dict[tuple[str, str], Configuration] = {}  # what each is put into
 
 
 def dropout_slip(function: Slip) -> Slip:
@@ -325,14 +366,14 @@ def assert_broken(errors: dict[str, float]) -> None:
     assert errors[''] > 10 * FLOAT64_BOUND
 
 
-@pytest.mark.parametrize('configuration', [DEEP, SIMPLE], ids=lambda configuration: configuration.architecture)
+@pytest.mark.parametrize('configuration', [DEEP, SIMPLE, VIT, VIT_MEAN], ids=['DeepViT', 'SimpleViT', 'ViT', 'mean'])
 def test_control(configuration: Configuration, monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
     check(Port.of(configuration, monkeypatch).errors(), FLOAT64_BOUND)
 
 
 @pytest.mark.parametrize(('architecture', 'name'), SLIPS, ids=map('-'.join, SLIPS))
 def test_slip(architecture: str, name: str, monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
-    port = Port.of({'DeepViT': DEEP, 'SimpleViT': SIMPLE}[architecture], monkeypatch)
+    port = Port.of(CASES[architecture, name], monkeypatch)
     SLIPS[architecture, name](port)
     assert_broken(port.errors())
 

@@ -4,22 +4,25 @@ The golden files were made by the releases' own source (golden/make.py); test_re
 """
 
 import re
+from itertools import pairwise
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import torch
 from flax import linen as nn
+from vit_pytorch import vit
 
 import convert
 from convert import ConversionError
-from convert.architectures import ARCHITECTURES, layouts_of_all
+from convert.architectures import ARCHITECTURES, architecture_of, layouts_of_all
 from convert.architectures.architecture import Architecture, Layout
 from convert.proof.torch_side import TorchSide
 from convert.recognition.layouts import leaves, template
 from convert.recognition.unwrap import unwrap
-from flax_vit import DeepViT, SimpleViT
-from parity_tests.golden.make import FIELDS_OF, FOLDER, GOLDEN
+from flax_vit import DeepViT, SimpleViT, ViT
+from parity_tests.golden.make import FOLDER, GOLDEN, arguments_of
 from parity_tests.support.reference import FLOAT64_BOUND, relative_error
 
 CONVERTED = [name for name in GOLDEN if not name.startswith('S2')]
@@ -27,27 +30,51 @@ CONVERTED = [name for name in GOLDEN if not name.startswith('S2')]
 ASKED = {
     'SimpleViT': ('image_size', 'patch_size', 'heads', 'channels'),
     'DeepViT': ('channels', 'heads', 'pool', 'dropout', 'emb_dropout'),
+    'ViT': ('image_size', 'channels', 'heads', 'pool', 'dropout', 'emb_dropout'),
 }
 RELEASES = {
     'S0': '0.35.0 to 0.40.2', 'B-cos': '0.35.0 to 0.40.2, under the names of B-cos/B-cos-v2', 'S1': '1.0.0 to 1.2.9',
     'S3': '1.4.1 and later', 'D0': '0.9.0 to 0.40.2', 'D1': '1.0.0 to 1.4.2', 'D2': '1.4.3 and later',
+    'V0a': '0.2.0', 'V0b': '0.2.1', 'V0': '0.2.2 to 0.2.7', 'V1': '0.3.0 to 0.6.6', 'V2': '0.6.7 to 0.6.8',
+    'V3': '0.7.0 to 0.9.3', 'V4': '0.10.1 to 0.40.2', 'V5': '1.0.0 to 1.2.9', 'V6': '1.4.0 to 1.16.0', 'V7': '1.16.0',
+    'V8': '1.16.1 and later',
 }  # fmt: skip
 # Every layout that can hold what the model computes, the newest first.
 ABLE = {'S0': ['S0', 'B-cos'], 'S1': ['S1'], 'S3': ['S3'], 'D0': ['D0'], 'D1': ['D2', 'D1'], 'D2': ['D2', 'D1']}
-ABLE['B-cos'] = ABLE['S0']
+ABLE |= {'B-cos': ABLE['S0'], 'V1': ['V1'], 'V5': ['V5'], 'V6': ['V6']}  # the ViTs' pool is the mean
+ABLE |= {name: ['V0', 'V0b', 'V0a'] for name in ('V0', 'V0b', 'V0a')}
+ABLE |= {name: ['V4', 'V3', 'V2'] for name in ('V2', 'V3', 'V4')}
+ABLE |= {name: ['V8', 'V7'] for name in ('V7', 'V8')}
+# The fields for what releases of ViT computed differently.
+OLD_VIT: dict[str, dict[str, Any]] = {'V8': {}, 'V7': {}, 'V6': {'class_token': True}}
+OLD_VIT['V5'] = OLD_VIT['V6'] | {'norm_after_mean': True}
+OLD_VIT |= dict.fromkeys(('V2', 'V3', 'V4'), OLD_VIT['V5'] | {'patch_norm': False})
+OLD_VIT['V1'] = OLD_VIT['V4'] | {'scale_by_dim': True}
+OLD_VIT |= dict.fromkeys(('V0', 'V0b', 'V0a'), OLD_VIT['V1'] | {'hidden_head': True})
 
 
 def layout_of(name: str) -> str:
     return name if name == 'B-cos' else name.partition('-')[0]
 
 
+def arguments(name: str) -> dict[str, Any]:
+    """What the release was built with."""
+    version, model = GOLDEN[name]
+    return arguments_of(model, version)
+
+
 ONE_OF_EACH = {layout_of(name): name for name in CONVERTED}.values()
 
 
-def fields_of(name: str) -> dict[str, Any]:
-    """What has to be given to convert a golden file."""
-    model = GOLDEN[name][1]
-    return {field: FIELDS_OF[model][field] for field in ASKED[model]}
+def fields_of(name: str, *, head: bool = True) -> dict[str, Any]:
+    """What has to be given to convert a golden file, or without the head."""
+    fields = {field: arguments(name).get(field) for field in ASKED[GOLDEN[name][1]]}
+    fields = {field: value for field, value in fields.items() if value is not None}
+    old = OLD_VIT.get(layout_of(name), {})
+    if layout_of(name) in ('V1', 'V2') or (layout_of(name) == 'V0' and not head):  # the same names
+        fields |= {'scale_by_dim': old.get('scale_by_dim', False)}
+        fields |= {} if head else {'hidden_head': old.get('hidden_head', False), 'pool': fields.get('pool', 'cls')}
+    return fields if head else fields | {'num_classes': 0}
 
 
 def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -58,7 +85,7 @@ def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 
 def bits(arrays: dict[str, np.ndarray]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    return {name: (str(array.dtype), array.shape, array.tobytes()) for name, array in arrays.items()}
+    return {name: (str(array.dtype), array.shape, array.tobytes()) for name, array in arrays.items() if array.size}
 
 
 @pytest.mark.parametrize('name', CONVERTED)
@@ -67,9 +94,9 @@ def test_a_release_is_recognised_and_computed(name: str, float64: None) -> None:
     assert inspection.layout.id == layout_of(name)
     assert inspection.layout.releases == RELEASES[layout_of(name)]
     model, variables = convert.from_torch(FOLDER / f'{name}.pt', **fields_of(name), param_dtype='float64')
-    old = {'patch_norm': name[0:2] not in ('S0', 'B-', 'D0')}
+    old = OLD_VIT.get(layout_of(name)) or {'patch_norm': name[0:2] not in ('S0', 'B-', 'D0')}
     old |= {'norm_after_mean': name[0:2] in ('S0', 'B-', 'S1')} if isinstance(model, SimpleViT) else {}
-    fields = FIELDS_OF[GOLDEN[name][1]] | old
+    fields = {'dim_head': 4} | arguments(name) | old  # ViT's first releases had dim / heads
     assert model == type(model)(**fields, param_dtype=np.dtype('float64'))
     _, truth = golden(name)
     assert relative_error(jax.jit(model.apply)(variables, truth['images']), truth['logits']) <= FLOAT64_BOUND
@@ -84,7 +111,7 @@ def test_verify_compares_with_what_the_release_computed(name: str) -> None:
     images = truth['images']
     last = images if images.shape[-1] == report.inspection.model.channels else images.transpose(0, 2, 3, 1)
     inspection = report.inspection
-    tensors = {inspection.layout.to_today(name): tensor for name, tensor in inspection.tensors.items()}
+    tensors = inspection.layout.tensors_of_today(inspection.tensors)
     outputs = TorchSide(inspection, tensors).outputs('float64', last, [''])
     assert relative_error(outputs[''], truth['logits']) <= FLOAT64_BOUND
 
@@ -95,8 +122,8 @@ def test_the_features_of_a_release(name: str, float64: None) -> None:
         images, features = truth['images'], truth['features']
     if GOLDEN[name][1] == 'DeepViT':
         assert features.shape == (len(images), 8)
-    fields = fields_of(name) | {'num_classes': 0, 'param_dtype': 'float64'}
-    with pytest.warns(convert.ConversionWarning, match=r'Left aside.*_head: (4|2) tensors'):
+    fields = fields_of(name, head=False) | {'param_dtype': 'float64'}
+    with pytest.warns(convert.ConversionWarning, match=r'Left aside.*_head: (6|4|2) tensors'):
         model, variables = convert.from_torch(FOLDER / f'{name}.pt', **fields)
     assert relative_error(jax.jit(model.apply)(variables, images), features) <= FLOAT64_BOUND
 
@@ -105,7 +132,11 @@ def test_the_golden_releases_differ_where_they_should() -> None:
     """Two layouts with the same weights, the same images and another function: a golden file would show a mix-up."""
     logits = {name: golden(name)[1]['logits'] for name in CONVERTED}
     assert np.array_equal(logits['B-cos'], logits['S0-0.40.2'])
-    for one, other in [('S0-0.35.0', 'S1-1.2.9'), ('S1-1.2.9', 'S3-1.4.1'), ('D0-0.40.2', 'D1-1.4.2')]:
+    assert np.array_equal(logits['V2-0.6.8'], logits['V3-0.9.3'])
+    assert relative_error(logits['V7-1.16.0'], logits['V8-1.16.1']) <= FLOAT64_BOUND
+    pairs = [('S0-0.35.0', 'S1-1.2.9'), ('S1-1.2.9', 'S3-1.4.1'), ('D0-0.40.2', 'D1-1.4.2')]
+    vits = ['V0-0.2.7', 'V1-0.6.5', 'V2-0.6.8', 'V5-1.2.9', 'V6-1.15.7', 'V8-1.16.1']
+    for one, other in [*pairs, *pairwise(vits)]:
         assert relative_error(logits[one], logits[other]) > 1e-2
 
 
@@ -118,6 +149,90 @@ def test_a_layout_of_an_older_function_computes_another(float64: None) -> None:
     }
     model, variables = convert.from_torch(renamed, **fields_of('S3-1.4.1'), param_dtype='float64')
     assert relative_error(jax.jit(model.apply)(variables, truth['images']), truth['logits']) > 1e-3
+
+
+@pytest.mark.parametrize(('name', 'scale_by_dim'), [('V1-0.6.5', True), ('V2-0.6.8', False)])
+def test_a_release_tells_what_its_names_do_not(name: str, scale_by_dim: bool, float64: None) -> None:
+    """V1 and V2 have the same names: the scale of the attention is assumed as today's, unless the release is given."""
+    path, truth = FOLDER / f'{name}.pt', golden(name)[1]
+    told = {field: value for field, value in fields_of(name).items() if field != 'scale_by_dim'}
+    field = convert.inspect(path, **told).fields['scale_by_dim']
+    assert (field.value, field.how) == (False, 'assumed')
+    assert field.why.startswith('ViT of vit-pytorch 0.6.7 to 0.6.8 and ViT of vit-pytorch 0.3.0 to 0.6.6 wrote')
+    with pytest.warns(convert.ConversionWarning, match='assumed, as in vit-pytorch: scale_by_dim=False'):
+        assert convert.from_torch(path, **told)[0].scale_by_dim is False
+    report = convert.verify(path, **told, count=1)
+    assert 'computes what PyTorch does, if scale_by_dim=False: both sides' in report.verdict
+    for release in (GOLDEN[name][0], {'V1': '0.3.0', 'V2': '0.6.7'}[layout_of(name)]):
+        model, variables = convert.from_torch(path, **told, release=release, param_dtype='float64')
+        assert model.scale_by_dim is scale_by_dim
+        assert relative_error(jax.jit(model.apply)(variables, truth['images']), truth['logits']) <= FLOAT64_BOUND
+    inspection = convert.inspect(path, **told, release=GOLDEN[name][0])
+    assert inspection.layout.id == layout_of(name)
+    assert inspection.fields['scale_by_dim'].how == 'inferred'
+
+
+@pytest.mark.parametrize(
+    ('release', 'words'),
+    [
+        ('1.2.9', r'No layout fits\. The nearest is (DeepViT of vit-pytorch 1\.0\.0|ViT of vit-pytorch 1\.0\.0)'),
+        ('0.1.0', r'No model that vit-pytorch 0\.1\.0 wrote can be converted\. Those that can: ViT of'),
+        ('new', r"release must be that of a vit-pytorch, such as '0\.6\.5', not 'new'"),
+    ],
+)
+def test_a_release_that_did_not_write_this(release: str, words: str) -> None:
+    with pytest.raises(ConversionError, match=words):
+        convert.inspect(FOLDER / 'V1-0.6.5.pt', release=release)
+
+
+def test_a_class_token_before_1_4_goes_under_todays_names(float64: None) -> None:
+    """Of the class token alone, the LayerNorm in the head computes what the final one does; of the mean it does not."""
+    tensors, truth = golden('V5-1.2.9')
+    model, variables = convert.from_torch(tensors, **fields_of('V5-1.2.9') | {'pool': 'cls', 'param_dtype': 'float64'})
+    assert [layout.id for layout in architecture_of(model).layouts_of(model)] == ['V8', 'V5']
+    written = convert.to_torch(model, variables)
+    module = vit.ViT(**arguments('V5-1.2.9') | {'pool': 'cls'}).double().eval()
+    module.load_state_dict({name: torch.tensor(array) for name, array in written.items()})
+    logits = module(torch.tensor(truth['images'])).detach().numpy()
+    assert relative_error(jax.jit(model.apply)(variables, truth['images']), logits) <= FLOAT64_BOUND
+    assert relative_error(logits, truth['logits']) > 1e-3  # the mean's
+
+
+def test_no_class_token_is_an_empty_one_in_pytorch() -> None:
+    """Read as nothing, whether it is there or not, and written, so that today's vit-pytorch loads it strictly."""
+    module = vit.ViT(**arguments('V8-1.16.1'))
+    state_dict = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    assert state_dict['cls_token'].shape == (0, 8)
+    without = {name: array for name, array in state_dict.items() if array.size}
+    for source in (module, state_dict, without):
+        told = {} if source is module else fields_of('V8-1.16.1')
+        inspection = convert.inspect(source, **told)
+        assert not inspection.unwrapped.left_aside
+        assert (inspection.fields['class_token'].value, inspection.fields['pool'].value) == (False, 'mean')
+        model, variables = convert.from_torch(source, **told)
+        assert 'cls_token' not in variables['params']
+        assert bits(convert.to_torch(model, variables)) == bits(state_dict)
+        assert convert.to_torch(model, variables)['cls_token'].shape == (0, 8)
+    assert convert.to_torch(model, variables, layout='V7')['cls_token'].shape == (1, 0, 8)
+    with pytest.raises(ConversionError, match=r"pool='cls' contradicts the weights: it is 'mean'"):
+        convert.inspect(state_dict, pool='cls')
+
+
+@pytest.mark.parametrize('version', ['0.2.7', '0.6.5', '0.9.3', '1.2.9', '1.16.0', '1.16.1'])
+def test_one_head_of_the_full_width_is_told_by_its_missing_projection(version: str) -> None:
+    """Before 0.7.4 it had one all the same; both ways back are the same names."""
+    (name,) = [name for name in GOLDEN if name.endswith(version) and name.startswith('V')]
+    tensors, _ = golden(name)
+    wide = {key: tensor for key, tensor in tensors.items() if '.to_out.' not in key}
+    wide = {key: np.zeros((24, 8), 'float32') if 'to_qkv' in key else tensor for key, tensor in wide.items()}
+    fields = {key: value for key, value in fields_of(name).items() if key != 'heads'}
+    if version < '0.7':
+        with pytest.raises(ConversionError, match=r'to_out\.0\.weight 8 x .*: missing'):
+            convert.inspect(wide, **fields)
+        return
+    model, variables = convert.from_torch(wide, **fields)
+    assert (model.heads, model.dim_head, model.project_out) == (1, 8, False)
+    assert bits(convert.to_torch(model, variables, layout=layout_of(name))) == bits(wide)
 
 
 def test_1_4_0_is_refused_with_the_reason() -> None:
@@ -152,7 +267,7 @@ def test_without_the_head_the_way_back_is_bit_for_bit(name: str) -> None:
     body = {key: tensor for key, tensor in tensors.items() if not key.startswith(('linear_head.', 'mlp_head.'))}
     with pytest.raises(ConversionError, match=r'Only the head, (linear|mlp)_head, is missing: num_classes=0'):
         convert.from_torch(body, **fields_of(name))
-    model, variables = convert.from_torch(body, **fields_of(name), num_classes=0)
+    model, variables = convert.from_torch(body, **fields_of(name, head=False))
     assert model.num_classes == 0
     assert bits(convert.to_torch(model, variables, layout=layout_of(name))) == bits(body)
 
@@ -185,7 +300,7 @@ def test_a_missing_block_is_said_and_not_skipped() -> None:
 
 def test_every_layout_has_a_golden_file_and_fields_of_its_model() -> None:
     assert {layout_of(name) for name in CONVERTED} == {layout.id for layout in layouts_of_all()}
-    assert {layout.model for layout in layouts_of_all()} == {SimpleViT, DeepViT}
+    assert {layout.model for layout in layouts_of_all()} == {SimpleViT, DeepViT, ViT}
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES, ids=lambda architecture: architecture.model.__name__)
@@ -208,5 +323,7 @@ def test_a_model_of_somebody_else_goes_nowhere() -> None:
 
     own = Own(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=8)
     for model in (own, nn.Dense(3)):
-        with pytest.raises(ConversionError, match=rf'A {type(model).__name__} is no SimpleViT or DeepViT of flax_vit'):
+        with pytest.raises(
+            ConversionError, match=rf'A {type(model).__name__} is no ViT, SimpleViT or DeepViT of flax_vit'
+        ):
             convert.to_torch(model, {'params': {}})
