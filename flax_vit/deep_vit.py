@@ -170,6 +170,7 @@ class DeepViT(Layer):
     dropout: float = 0.0
     emb_dropout: float = 0.0
     patch_norm: bool = True  # LayerNorms round the patch projection; vit-pytorch before 1.0.0 had none
+    image_format: str | None = None  # 'channels_first' or 'channels_last'; None: what fits, the latter where both do
     query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
     remat: bool = False  # the backward pass computes each layer's inside anew, instead of keeping it
     scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`

@@ -17,7 +17,7 @@ from flax_vit.layers import FLOATS, pair
 def param_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
     """The shapes of the model's parameters by path; nothing is computed."""
     # of any dtype, also of one that JAX has switched off
-    return _param_shapes(model.clone(dtype=None, param_dtype=jnp.float32))
+    return _param_shapes(model.clone(dtype=None, param_dtype=jnp.float32, image_format='channels_last'))
 
 
 @cache  # tracing a deep model takes tenths of a second, and reading a folder asks several times

@@ -58,6 +58,11 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option('--dropout', type=click.FloatRange(0, 1), help='Of DeepViT, in training, when it is not 0.'),
         click.option('--emb-dropout', type=click.FloatRange(0, 1), help="Of DeepViT's embedding, likewise."),
         click.option('--channels', type=click.IntRange(1), help='Of the images, when it is not 3.'),
+        click.option(
+            '--image-format',
+            type=click.Choice(['channels_first', 'channels_last']),
+            help='Of the images, where both fit (as many channels as pixels a side).',
+        ),
         click.option('--num-classes', type=click.IntRange(0), help='0: without the head, for the pooled features.'),
     ]
     for option in reversed(options):

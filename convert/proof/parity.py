@@ -152,6 +152,7 @@ def verify(
         else:
             shape = (count, *pair(inspection.model.image_size), inspection.model.channels)
             images = random.standard_normal(shape, np.float32)
+        model = model.clone(image_format='channels_last')
         parts = labels(inspection.model)
         torch, flax = TorchSide(inspection, tensors), FlaxSide(model, variables)
         outputs_shape = len(images), model.num_classes or model.dim
@@ -272,7 +273,7 @@ def tensors_as_converted(
     return tensors, ' and '.join(sorted(rounded))
 
 
-def channels_last(model: nn.Module, variables: Mapping[str, Any], images: Any) -> np.ndarray:
+def channels_last(model: Any, variables: Mapping[str, Any], images: Any) -> np.ndarray:
     """Images of either order of axes as (batch, height, width, channels), in float32 or float64.
 
     Raises ValueError when they don't fit the model.
@@ -281,7 +282,8 @@ def channels_last(model: nn.Module, variables: Mapping[str, Any], images: Any) -
     jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct(images.shape, images.dtype))  # raises it
     size, channels = pair(model.image_size), model.channels
     turned = images.shape[1:3] != size and images.shape[2:4] == size  # where both orders fit, channels are last
-    if images.shape[3] != channels or (images.shape[1] == channels and turned):
+    first = images.shape[3] != channels or (images.shape[1] == channels and turned)
+    if model.image_format == 'channels_first' or (model.image_format is None and first):
         images = np.moveaxis(images, 1, 3)
     # a copy: JAX's arrays can't be written to, which PyTorch warns of
     return np.array(images, np.promote_types(images.dtype, np.float32), order='C')

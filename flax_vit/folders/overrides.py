@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax import Array
 
@@ -91,9 +90,10 @@ def resize_positions(table: np.ndarray, old: tuple[int, int], new: tuple[int, in
     return np.concatenate([table[:, :others], np.asarray(resized).reshape(1, math.prod(new), -1)], axis=1)
 
 
-def initial(model: nn.Module, paths: Collection[str], key: Array, shardings: Mapping[str, Any]) -> dict[str, Array]:
+def initial(model: Any, paths: Collection[str], key: Array, shardings: Mapping[str, Any]) -> dict[str, Array]:
     """The parameters at these paths as `model.init(key, …)` gives them; of the others, none is computed."""
     images = jnp.zeros((1, *pair(model.image_size), model.channels))
+    model = model.clone(image_format='channels_last')
 
     def init(key: Array) -> dict[str, Array]:
         flat = {'/'.join(path): array for path, array in flatten_dict(model.init(key, images)).items()}
