@@ -26,6 +26,7 @@ from flax_vit.layers import (
     add,
     at_least_float32,
     check_divisible,
+    check_image_format,
     check_options,
     check_pool,
     check_rates,
@@ -182,6 +183,7 @@ class DeepViT(Layer):
     dropout: float = 0.0
     emb_dropout: float = 0.0
     patch_norm: bool = True  # LayerNorms round the patch projection; vit-pytorch before 1.0.0 had none
+    image_format: str | None = None  # 'channels_first' or 'channels_last'; None: what fits, the latter where both do
     query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
     remat: bool = False  # the backward pass computes each layer's inside anew, instead of keeping it
     scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`
@@ -193,6 +195,7 @@ class DeepViT(Layer):
         check_pool(self)
         check_rates(self, 'dropout', 'emb_dropout')
         check_options(self)
+        check_image_format(self)
         super().__post_init__()
 
     def setup(self) -> None:

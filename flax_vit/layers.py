@@ -1,6 +1,7 @@
 """What the models share: layers that start and compute as PyTorch's do, and the way images become patches."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -19,8 +20,9 @@ from jaxtyping import Float, Shaped
 from flax_vit.sharding import laid_out_by_the_compiler
 
 EPSILON = 1e-5  # of torch.nn.LayerNorm
-# The fields that say how a model is computed, not what.
-COMPUTATION = frozenset({'dtype', 'precision', 'query_chunk_size', 'remat', 'scan_layers'})
+# The fields that say how a model is computed and called, not what it computes.
+COMPUTATION = frozenset({'dtype', 'precision', 'query_chunk_size', 'remat', 'scan_layers', 'image_format'})
+IMAGE_FORMATS = {'channels_last': 'b (h p1) (w p2) c', 'channels_first': 'b c (h p1) (w p2)'}
 _PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')  # of products, by JAX's names
 FLOATS = ('float64', 'float32', 'float16', 'bfloat16')  # what weights and computations may be in
 
@@ -394,7 +396,7 @@ def grid_of(model: Any) -> tuple[int, int]:
 
 
 def to_patches(
-    model: nn.Module,
+    model: Any,
     images: Shaped[Array | np.ndarray, '...'],
     *,
     channels: int,
@@ -404,8 +406,9 @@ def to_patches(
 ) -> Float[Array, 'batch patches values']:
     """Cut images, channels last or channels first, into patches; a patch's values run over rows, columns, channels.
 
-    `fits(height, width)` says which sizes `model` takes, `sizes` says it in words. Where both orders fit, the
-    channels are last. Raises ValueError, with both shapes, when neither fits.
+    `fits(height, width)` says which sizes `model` takes, `sizes` says it in words. Where both orders fit and the
+    model's `image_format` is None, the channels are last, and a warning says so. Raises ValueError, with both shapes,
+    when neither fits.
     """
     if not isinstance(getattr(images, 'dtype', None), np.dtype):
         kind = f'{type(images).__module__}.{type(images).__qualname__}'.removeprefix('builtins.')
@@ -413,21 +416,33 @@ def to_patches(
             f'{type(model).__name__} takes images as an array of JAX or NumPy, not a {kind}: numpy.asarray(images) '
             'makes one of what lies in the memory of the CPU.'
         )
-    shape = images.shape
-    if images.ndim == 4 and shape[3] == channels and fits(*shape[1:3]):
-        order = 'b (h p1) (w p2) c'
-    elif images.ndim == 4 and shape[1] == channels and fits(*shape[2:4]):
-        order = 'b c (h p1) (w p2)'
-    else:
+    shape, asked = images.shape, model.image_format
+    formats = [
+        name
+        for name, sides, axis in (('channels_last', shape[1:3], 3), ('channels_first', shape[2:4], 1))
+        if images.ndim == 4 and shape[axis] == channels and fits(*sides) and asked in (None, name)
+    ]
+    if not formats:
+        both = {
+            'channels_last': f'(batch, height, width, {channels})',
+            'channels_first': f'(batch, {channels}, height, width)',
+        }
+        words = ' or '.join(both[name] for name in both if asked in (None, name))
         raise ValueError(
-            f'{type(model).__name__} takes images of shape (batch, height, width, {channels}) or '
-            f'(batch, {channels}, height, width), {sizes}; these have the shape {shape}.'
+            f'{type(model).__name__} takes images of shape {words}, {sizes}; these have the shape {shape}.'
+        )
+    if len(formats) == 2:
+        warnings.warn(
+            f'Images of shape {shape} may have their {channels} channels last or first; {type(model).__name__} takes '
+            "them as the last. image_format='channels_first' or 'channels_last' settles it.",
+            stacklevel=2,
         )
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(
             f'{type(model).__name__} takes images of floating-point numbers, not {images.dtype}: '
             'convert and normalise them as in training.'
         )
+    order = IMAGE_FORMATS[formats[0]]
     return rearrange(jnp.asarray(images), f'{order} -> b (h w) (p1 p2 c)', p1=patch_size[0], p2=patch_size[1])
 
 
@@ -517,6 +532,15 @@ def check_options(model: Any) -> None:
         raise ValueError(
             f'{type(model).__name__}: precision={precision!r} is not to be had: it is None, {", ".join(_PRECISIONS)}, '
             'two of these, or the name of a jax.lax.DotAlgorithmPreset.'
+        )
+
+
+def check_image_format(model: Any) -> None:
+    """ValueError unless the order of an image's axes is known, or left to what fits."""
+    if model.image_format not in (None, *IMAGE_FORMATS):
+        raise ValueError(
+            f'{type(model).__name__}: image_format must be {" or ".join(map(repr, IMAGE_FORMATS))}, '
+            f'or None for what fits, not {model.image_format!r}.'
         )
 
 

@@ -17,7 +17,7 @@ from flax_vit.layers import FLOATS, Transformer, pair
 def param_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
     """The shapes of the model's parameters by path; nothing is computed."""
     # of any dtype, also of one that JAX has switched off
-    return _param_shapes(model.clone(dtype=None, param_dtype=jnp.float32))
+    return _param_shapes(reads_channels_last(model).clone(dtype=None, param_dtype=jnp.float32))
 
 
 @cache  # tracing a deep model takes tenths of a second, and reading a folder asks several times
@@ -30,6 +30,11 @@ def _param_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeSt
 def input_shape(model: Any) -> tuple[int, ...]:
     """Of one image (height, width, channels), or of tokens (tokens, dim) where it is a Transformer."""
     return (8, model.dim) if isinstance(model, Transformer) else (*pair(model.image_size), model.channels)
+
+
+def reads_channels_last(model: Any) -> Any:
+    """The model told that images, where it takes some, are channels last."""
+    return model if isinstance(model, Transformer) else model.clone(image_format='channels_last')
 
 
 def saved_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -32,7 +32,8 @@ def export_serving(
 ) -> None:
     """Write `jax.export`'s program for inference, and the weights that it is called with, to one .npz.
 
-    The program takes weights (arrays by name) and float32 images (batch, height, width, channels) for any batch. The
+    The program takes weights (arrays by name) and float32 images (batch, height, width, channels) for any batch, or
+    (batch, channels, height, width) if the model's image_format is 'channels_first'. The
     weights keep their bits; numpy has no bfloat16, so that these are in the file as uint16, to be viewed as what
     `program.in_avals` says. The file appears whole or not at all.
 
@@ -77,14 +78,19 @@ def export_serving(
         )
 
     def logits(weights: Mapping[str, Array], images: Float[Array, 'batch ...']) -> Float[Array, 'batch outputs']:
-        result: Any = model.apply(
+        result: Any = model.clone(image_format=model.image_format or 'channels_last').apply(
             unflatten_dict({tuple(name.split('/')): array for name, array in weights.items()}), images
         )
         return result
 
     with jax.enable_x64(False):
         (batch,) = export.symbolic_shape('batch')
-        shape = (batch, *pair(model.image_size if image_size is None else image_size), model.channels)
+        sides = pair(model.image_size if image_size is None else image_size)
+        shape = (
+            (batch, model.channels, *sides)
+            if model.image_format == 'channels_first'
+            else (batch, *sides, model.channels)
+        )
         shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
         traced = export.export(jax.jit(logits), platforms=platforms)(shapes, jax.ShapeDtypeStruct(shape, np.float32))
     try:

@@ -19,6 +19,7 @@ from flax_vit.layers import (
     Identity,
     Layer,
     check_divisible,
+    check_image_format,
     check_options,
     check_sizes,
     gelu,
@@ -138,6 +139,7 @@ class SimpleViT(Layer):
     dim_head: int = 64
     patch_norm: bool = True  # LayerNorms round the patch projection; vit-pytorch before 1.0.0 had none
     norm_after_mean: bool = False  # vit-pytorch before 1.4.0: mean over tokens first, then a LayerNorm in the head
+    image_format: str | None = None  # 'channels_first' or 'channels_last'; None: what fits, the latter where both do
     query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
     remat: bool = False  # the backward pass computes each layer's inside anew, instead of keeping it
     scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`
@@ -149,6 +151,7 @@ class SimpleViT(Layer):
         if self.dim % 4:
             raise ValueError(f'SimpleViT: dim must be a multiple of 4 for the sincos table, not {self.dim}.')
         check_options(self)
+        check_image_format(self)
         super().__post_init__()
 
     @property

@@ -23,6 +23,7 @@ from flax_vit.layers import (
     Layer,
     add,
     check_divisible,
+    check_image_format,
     check_options,
     check_pool,
     check_rates,
@@ -162,6 +163,7 @@ class ViT(Layer):
     project_out: bool | None = None  # None: unless one head has the full width, dim; before 0.7.4 always
     scale_by_dim: bool = False  # before 0.6.7: the attention's scale was dim**-0.5, not dim_head**-0.5
     hidden_head: bool = False  # before 0.3.0: a hidden layer of mlp_dim in the head
+    image_format: str | None = None  # 'channels_first' or 'channels_last'; None: what fits, the latter where both do
     query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
     remat: bool = False  # the backward pass computes each layer's inside anew, instead of keeping it
     scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`
@@ -173,6 +175,7 @@ class ViT(Layer):
         check_pool(self)
         check_rates(self, 'dropout', 'emb_dropout')
         check_options(self)
+        check_image_format(self)
         if self.class_token is None:
             self.class_token = self.pool == 'cls'
         settle_projection(self)

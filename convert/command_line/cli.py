@@ -62,6 +62,11 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option('--emb-dropout', type=click.FloatRange(0, 1), help='Of their embedding, likewise.'),
         click.option('--channels', type=click.IntRange(1), help='Of the images, when it is not 3.'),
         click.option('--release', help='The vit-pytorch that wrote it, say 0.6.5, where the weights fit several.'),
+        click.option(
+            '--image-format',
+            type=click.Choice(['channels_first', 'channels_last']),
+            help='Of the images, where both fit (as many channels as pixels a side).',
+        ),
         click.option('--num-classes', type=click.IntRange(0), help='0: without the head, for the pooled features.'),
     ]
     for option in reversed(options):

@@ -35,7 +35,7 @@ from flax_vit import export_serving, from_pretrained, save_pretrained
 from flax_vit.folders.config import read_config
 
 FIELDS = frozenset({'key', 'part', 'release', 'image_size', 'patch_size', 'heads', 'dim_head', 'pool', 'dropout'})
-FIELDS |= {'emb_dropout', 'channels', 'num_classes'}
+FIELDS |= {'emb_dropout', 'channels', 'image_format', 'num_classes'}
 RUN = frozenset({'images', 'count', 'seed', 'dtype', 'gradients', 'page'})
 
 Arguments = ParamSpec('Arguments')

@@ -20,7 +20,7 @@ from convert.proof.measure import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, SMALLEST,
 from convert.proof.torch_side import TorchSide
 from convert.recognition.names import differences, leaf
 from flax_vit.layers import floating_dtype
-from flax_vit.parameters import check_variables, input_shape
+from flax_vit.parameters import check_variables, input_shape, reads_channels_last
 from flax_vit.stacking import unstack_layers
 
 
@@ -155,6 +155,7 @@ def verify(
             images = channels_last(model, variables, images)
         else:
             images = random.standard_normal((count, *input_shape(inspection.model)), np.float32)
+        model = reads_channels_last(model)
         parts = labels(inspection.model)
         torch, flax = TorchSide(inspection, tensors), FlaxSide(model, variables)
         logits = jax.eval_shape(model.apply, variables, images)
@@ -275,7 +276,7 @@ def tensors_as_converted(
     return tensors, ' and '.join(sorted(rounded))
 
 
-def channels_last(model: nn.Module, variables: Mapping[str, Any], images: Any) -> np.ndarray:
+def channels_last(model: Any, variables: Mapping[str, Any], images: Any) -> np.ndarray:
     """Images of either order of axes as (batch, height, width, channels), in float32 or float64; tokens as they are.
 
     Raises ValueError when they don't fit the model.
@@ -285,7 +286,9 @@ def channels_last(model: nn.Module, variables: Mapping[str, Any], images: Any) -
     shape = input_shape(model)
     size, channels = shape[:-1], shape[-1]
     turned = images.shape[1:3] != size and images.shape[2:4] == size  # where both orders fit, channels are last
-    if images.shape[-1] != channels or (images.shape[1] == channels and turned):
+    first = images.shape[-1] != channels or (images.shape[1] == channels and turned)
+    image_format = getattr(model, 'image_format', None)
+    if image_format == 'channels_first' or (image_format is None and first):
         images = np.moveaxis(images, 1, 3)
     # a copy: JAX's arrays can't be written to, which PyTorch warns of
     return np.array(images, np.promote_types(images.dtype, np.float32), order='C')

@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from jax import Array
 
 from flax_vit.layers import pair
-from flax_vit.parameters import input_shape
+from flax_vit.parameters import input_shape, reads_channels_last
 
 CUT = {'patch_size', 'channels'}  # what the first matrix's rows are; others may happen to fit its shape
 
@@ -93,9 +92,10 @@ def resize_positions(table: np.ndarray, old: tuple[int, int], new: tuple[int, in
     return np.concatenate([table[..., :others, :], np.asarray(resized).reshape(*batch, math.prod(new), dim)], axis=-2)
 
 
-def initial(model: nn.Module, paths: Collection[str], key: Array, shardings: Mapping[str, Any]) -> dict[str, Array]:
+def initial(model: Any, paths: Collection[str], key: Array, shardings: Mapping[str, Any]) -> dict[str, Array]:
     """The parameters at these paths as `model.init(key, …)` gives them; of the others, none is computed."""
     images = jnp.zeros((1, *input_shape(model)))
+    model = reads_channels_last(model)
 
     def init(key: Array) -> dict[str, Array]:
         flat = {'/'.join(path): array for path, array in flatten_dict(model.init(key, images)).items()}

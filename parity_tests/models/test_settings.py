@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flax_vit import DeepViT, SimpleViT, stack_layers
+from flax_vit import DeepViT, SimpleViT, from_pretrained, save_pretrained, stack_layers
+from parity_tests.support.small_models import variables_of as random_variables
 
 SIZES: Any = {'image_size': 8, 'patch_size': 4, 'num_classes': 3, 'dim': 8, 'depth': 1, 'heads': 2, 'mlp_dim': 8}
 MODELS = {'simple': SimpleViT(**SIZES), 'deep': DeepViT(**SIZES, dropout=0.5, emb_dropout=0.5)}
@@ -216,3 +218,46 @@ def test_train_by_position(name: str) -> None:
     again = jax.jit(checkpointed(**SIZES, **dropout).apply, static_argnums=2)(variables, IMAGES, True, rngs=key)
     np.testing.assert_allclose(again, by_name, rtol=0, atol=8 * 2**-23 * np.abs(by_name).max())
     assert (np.abs(by_name - logits_of(name)).max() > 1e-3) == (name == 'deep')
+
+
+# ---- the order of the axes of images
+
+
+@pytest.mark.parametrize('model_class', [SimpleViT, DeepViT])
+def test_ambiguous_images(model_class: Any, tmp_path: Path) -> None:
+    """As many channels as pixels a side: taken as channels last, which is said, or as asked."""
+    model: Any = model_class(
+        image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=20, channels=8
+    )
+    variables = random_variables(model)
+    images = np.random.default_rng(0).standard_normal((2, 8, 8, 8), np.float32)
+    first, last = (model.clone(image_format=name) for name in ('channels_first', 'channels_last'))
+    with pytest.warns(UserWarning, match=r'\(2, 8, 8, 8\) may have their 8 channels last or first; .* image_format='):
+        assumed = model.apply(variables, images)
+    assert np.array_equal(assumed, last.apply(variables, images))
+    turned = first.apply(variables, np.moveaxis(images, 3, 1))
+    np.testing.assert_allclose(turned, assumed, rtol=1e-5, atol=1e-6)
+    assert np.abs(first.apply(variables, images) - assumed).max() > 1e-3
+    save_pretrained(tmp_path / 'saved', first, variables)
+    again: Any
+    again, kept = from_pretrained(tmp_path / 'saved')
+    assert again == first
+    assert np.array_equal(again.apply(kept, images), first.apply(variables, images))
+    assert from_pretrained(tmp_path / 'saved', image_format='channels_last')[0] == last
+    with pytest.warns(UserWarning, match='The head is new'):
+        assert from_pretrained(tmp_path / 'saved', num_classes=4)[0].image_format == 'channels_first'
+
+
+def test_images_of_the_other_format_are_refused() -> None:
+    model = SimpleViT(image_size=(8, 12), patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=20)
+    variables = random_variables(model)
+    first, last = (model.clone(image_format=name) for name in ('channels_first', 'channels_last'))
+    images = np.zeros((1, 8, 12, 3), np.float32)
+    last.apply(variables, images)
+    first.apply(variables, np.moveaxis(images, 3, 1))
+    with pytest.raises(ValueError, match=r'of shape \(batch, 3, height, width\), height and width'):
+        first.apply(variables, images)
+    with pytest.raises(ValueError, match=r'of shape \(batch, height, width, 3\), height'):
+        last.apply(variables, np.moveaxis(images, 3, 1))
+    with pytest.raises(ValueError, match="image_format must be 'channels_last' or 'channels_first', or None for"):
+        model.clone(image_format='NCHW')

@@ -14,6 +14,7 @@ from vit_pytorch.simple_vit import SimpleViT
 import convert
 import flax_vit.layers
 from convert import ConversionError
+from convert.proof.saved_outputs import compare_outputs
 from parity_tests.support.reference import perturbed
 
 
@@ -112,3 +113,18 @@ def test_too_coarse_is_not_another_function(monkeypatch: pytest.MonkeyPatch) -> 
     assert report.causes == [
         "patch embedding: matches with matrix products in TF32 or float16 (set precision='highest')"
     ]
+
+
+def test_ambiguous_images_are_verified_as_asked() -> None:
+    """As many channels as pixels a side, in PyTorch's order."""
+    module = perturbed(
+        SimpleViT(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=20, channels=8)
+    )
+    images = np.random.default_rng(0).standard_normal((2, 8, 8, 8), np.float32)
+    model: Any
+    model, variables = convert.from_torch(module, image_format='channels_first')
+    assert convert.verify(module, images=images, image_format='channels_first').right
+    assert convert.verify(module, converted=(model, variables), count=2).right
+    truth = module(torch.from_numpy(images)).detach().numpy()
+    np.testing.assert_allclose(model.apply(variables, images), truth, atol=1e-5)
+    assert compare_outputs(model, variables, images, truth).right

@@ -319,7 +319,7 @@ def test_the_work_grows_with_the_file_and_no_more() -> None:
     small, large = (steps(partial(unwrap_or_refuse, tree)) for tree in (few, many))
     assert large < 4.2 * small
     layouts = len(layouts_of_all()) + len(layouts_of_all('transformer'))
-    assert large < 85 * layouts * len(many)
+    assert large < 350 * layouts * len(many)  # some 250; with every place tried, 2800
 
 
 def unwrap_or_refuse(tree: Any) -> None:

@@ -54,6 +54,7 @@ class ThirdViT(Layer):
     mlp_dim: int
     channels: int = 3
     dim_head: int = 64
+    image_format: str | None = None  # 'channels_first' or 'channels_last'; None: what fits, the latter where both do
     query_chunk_size: int | None = None
     remat: bool = False
     scan_layers: bool = False
