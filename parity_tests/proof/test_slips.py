@@ -330,7 +330,6 @@ def sincos_steps_in_float64(port: Port) -> None:
 
 # Seen in training only, with the same masks on both sides.
 DROPOUT_SLIPS: dict[tuple[str, str], Slip] = {}
-CASES: dict[tuple[str, str], Configuration] = {}  # what each is put into
 
 
 def dropout_slip(function: Slip) -> Slip:
