@@ -55,6 +55,13 @@ class Inspection:
         return next(computing, self.unwrapped.fit.layout)
 
     @property
+    def origin(self) -> str:
+        """What it is, and which releases may have written it."""
+        alike, layout = self.unwrapped.fit.alike, self.layout
+        open_fields = [name for name in layout.fields if self.fields[name].how == 'assumed']
+        return ' or '.join(map(str, alike)) if open_fields else str(layout)
+
+    @property
     def tensors(self) -> Mapping[str, np.ndarray]:
         """The model's tensors, in the layout's names."""
         return self.unwrapped.tensors

@@ -22,7 +22,7 @@ def show_inspection(inspection: Inspection) -> None:
     size = sum(tensor.nbytes for tensor in inspection.tensors.values())
     facts = {
         'source': f'{inspection.source} ({inspection.format})',
-        'model': str(inspection.layout),
+        'model': inspection.origin,
         'found at': inspection.unwrapped.address or 'the top',
         'parameters': f'{inspection.parameters:,} in {len(inspection.tensors)} tensors, {size:,} bytes',
         'dtype': ', '.join(inspection.dtypes),

@@ -31,12 +31,12 @@ def leaves(
     quantities = architecture.quantities(probe)
     axes = {axis.size(quantities): axis for axis in architecture.axes}
 
-    def shape_here(rule: Leaf, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (*[1] * (rule.name in layout.batched), *rule.torch_shape(shape))
-
-    rules = {layout.from_today(rule.name): (rule, shape_here(rule, shape)) for rule, shape in _shapes(probe).items()}
+    rules = {
+        layout.from_today(rule.name): (replace(rule, batched=rule.name in layout.batched), rule.torch_shape(shape))
+        for rule, shape in _shapes(probe).items()
+    }
     return {
-        name: (rule, tuple(axes[size] for size in shape))
+        name: (rule, tuple(axes[size] for size in ((1, *shape) if rule.batched else shape)))
         for name, (rule, shape) in rules.items()
         if head or not _is_part(name, _head(layout))
     }

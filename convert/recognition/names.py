@@ -25,9 +25,12 @@ class Leaf:
     path: Path  # in the Flax parameters: ('transformer', 'layers_3_1', 'net_4', 'kernel')
     name: str  # in vit-pytorch: 'transformer.layers.3.1.net.4.weight'
     axes: tuple[int, ...]  # PyTorch's axes in Flax's order
+    batched: bool = False  # the layout has it with an axis more, 1, in front
 
     @property
     def transform(self) -> str:
+        if self.batched:
+            return 'without the first axis'
         return 'as it is' if self.axes == tuple(sorted(self.axes)) else f'transpose {self.axes}'
 
     def to_flax(self, array: Any) -> Any:
