@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from flax.core import lift
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -61,12 +62,13 @@ def shardings(tree: Any, mesh: Mesh | AbstractMesh, rules: Rules = RULES) -> Any
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator='/').removesuffix('/value')  # in an nnx.Variable
         spec = next((spec for pattern, spec in rules if re.search(pattern, name)), PartitionSpec())
-        leading = len(leaf.shape) - len(spec)
+        shape = np.shape(leaf)  # of a number, too
+        leading = len(shape) - len(spec)
         if leading < 0:
             return NamedSharding(mesh, PartitionSpec())
         split = [
             entry if size % math.prod(mesh.shape[axis] for axis in _axes(entry)) == 0 else None
-            for size, entry in zip(leaf.shape, (None,) * leading + tuple(spec), strict=True)
+            for size, entry in zip(shape, (None,) * leading + tuple(spec), strict=True)
         ]
         return NamedSharding(mesh, PartitionSpec(*split))
 
@@ -95,9 +97,9 @@ def check_mesh(mesh: Mesh | AbstractMesh, rules: Rules) -> None:
         )
 
 
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    """The axes of the mesh that an entry of a PartitionSpec names."""
-    return (entry,) if isinstance(entry, str) else entry or ()
+def _axes(entry: Any) -> tuple[str, ...]:
+    """The axes of the mesh that an entry of a PartitionSpec names: None and UNCONSTRAINED name none."""
+    return (entry,) if isinstance(entry, str) else entry if isinstance(entry, tuple) else ()
 
 
 def laid_out_by_the_compiler(call: Callable[..., Any]) -> Callable[..., Any]:

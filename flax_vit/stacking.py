@@ -9,18 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-Path = tuple[str, ...]
+Path = tuple[Any, ...]  # an optimizer's dicts may have other keys than strings
 
 
-def stack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
+def stack_layers(variables: Any) -> Any:
     """The variables of a model for the same model with `scan_layers=True`; the same bits.
 
     `transformer/layers_3_0/…` of every block becomes one `transformer/blocks/layers_0/…`, whose first axis is the
     depth.
 
     Args:
-        variables: Any tree with the parameters' names (gradients, moments of an optimizer), also one of
-            jax.ShapeDtypeStructs, whose shardings are left out: ask `shardings` for new ones.
+        variables: Any tree with dicts that have the parameters' names (gradients, the state of an optimizer, a mask,
+            which must say the same of all blocks), also one of jax.ShapeDtypeStructs, whose shardings are left out: ask
+            `shardings` for new ones.
 
     Returns:
         The tree with stacked arrays.
@@ -30,6 +31,12 @@ def stack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
     """
 
     def stack(path: Path, arrays: Sequence[Any]) -> Any:
+        if not all(_is_array(array) for array in arrays):
+            if any(array != arrays[0] for array in arrays):
+                raise ValueError(
+                    f'{"/".join(path)} of the blocks cannot be stacked: it is {", ".join(map(str, arrays))}.'
+                )
+            return arrays[0]
         kinds = sorted({f'{array.shape} {array.dtype}' for array in arrays})
         if len(kinds) > 1:
             raise ValueError(f'{"/".join(path)} of the blocks cannot be stacked: it is {", ".join(kinds)}.')
@@ -37,29 +44,57 @@ def stack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
             return jax.ShapeDtypeStruct((len(arrays), *arrays[0].shape), arrays[0].dtype)
         return np.stack(arrays) if all(isinstance(array, np.ndarray) for array in arrays) else jnp.stack(arrays)
 
-    return unflatten_dict(stacked(flatten_dict(variables), stack))
+    return in_dicts(variables, lambda flat: stacked(flat, stack))
 
 
-def unstack_layers(variables: Mapping[str, Any]) -> dict[str, Any]:
+def unstack_layers(variables: Any) -> Any:
     """The variables of a model with `scan_layers=True` for the same model without; undoes `stack_layers`.
 
     Args:
-        variables: Any tree with the parameters' names, as of `stack_layers`.
+        variables: Any tree with dicts that have the parameters' names, as of `stack_layers`.
 
     Returns:
         The tree with arrays for each block; what is not stacked, as it is.
+
+    Raises:
+        ValueError: When no array tells how many blocks there are.
     """
-    flat: dict[Path, Any] = {}
-    for path, array in flatten_dict(variables).items():
-        if 'blocks' in path:
+
+    def unstack(flat: Mapping[Path, Any]) -> dict[Path, Any]:
+        result: dict[Path, Any] = {}
+        depth = next((array.shape[0] for path, array in flat.items() if 'blocks' in path and _is_array(array)), None)
+        for path, array in flat.items():
+            if 'blocks' not in path:
+                result[path] = array
+                continue
+            if depth is None:
+                raise ValueError(f'No array tells how many blocks {"/".join(path)} stands for.')
             at = path.index('blocks')
-            shape_alone = isinstance(array, jax.ShapeDtypeStruct)
-            parts = [jax.ShapeDtypeStruct(array.shape[1:], array.dtype)] * array.shape[0] if shape_alone else array
+            parts: Any = array
+            if isinstance(array, jax.ShapeDtypeStruct):
+                parts = [jax.ShapeDtypeStruct(array.shape[1:], array.dtype)] * depth
+            elif not _is_array(array):
+                parts = [array] * depth
             for block, part in enumerate(parts):
-                flat[(*path[:at], path[at + 1].replace('layers_', f'layers_{block}_'), *path[at + 2 :])] = part
-        else:
-            flat[path] = array
-    return unflatten_dict(flat)
+                result[(*path[:at], path[at + 1].replace('layers_', f'layers_{block}_'), *path[at + 2 :])] = part
+        return result
+
+    return in_dicts(variables, unstack)
+
+
+def in_dicts(tree: Any, change: Callable[[Mapping[Path, Any]], Mapping[Path, Any]]) -> Any:
+    """The tree with its dicts changed, by paths: itself, or those in it, as an optimizer's state has them."""
+
+    def changed(node: Any) -> Any:
+        if not isinstance(node, Mapping):
+            return node
+        return unflatten_dict(change({path: in_dicts(value, change) for path, value in flatten_dict(node).items()}))
+
+    return jax.tree.map(changed, tree, is_leaf=lambda node: isinstance(node, Mapping))
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, 'dtype')
 
 
 def stacked(flat: Mapping[Path, Any], stack: Callable[[Path, Sequence[Any]], Any]) -> dict[Path, Any]:
@@ -88,7 +123,7 @@ def stacked(flat: Mapping[Path, Any], stack: Callable[[Path, Sequence[Any]], Any
 def stacked_path(path: Path) -> tuple[int | None, Path]:
     """The block that an unstacked path belongs to, or None, and the path when stacked."""
     for at, name in enumerate(path):
-        match = re.fullmatch(r'layers_(\d+)_(\d+)', name)
+        match = re.fullmatch(r'layers_(\d+)_(\d+)', str(name))
         if match:
             return int(match[1]), (*path[:at], 'blocks', f'layers_{match[2]}', *path[at + 1 :])
     return None, path

@@ -91,8 +91,9 @@ def cli(debug: bool) -> None:
 @cli.command('inspect')
 @click.argument('source', metavar='CHECKPOINT')
 @model_options
+@click.option('--json', 'as_json', is_flag=True, help='Print it all as JSON, for machines, and nothing else.')
 def inspect_command(**arguments: Any) -> None:
-    """Say what CHECKPOINT is, and how each of its tensors would be converted; nothing is written.
+    """Say what CHECKPOINT is, how each of its tensors would be converted, and by which command; nothing is written.
 
     CHECKPOINT is a file (.pt, .pth, .safetensors, …: the content tells) or a folder that holds one, or a folder that
     `convert` wrote.

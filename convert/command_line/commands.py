@@ -1,5 +1,6 @@
 """What the commands of `flax-vit` do. `cli.py` says what each takes, and imports this when there is work."""
 
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +26,7 @@ from convert.command_line.display import (
     track,
     verdict,
 )
+from convert.command_line.facts import command_line, convert_line, facts_of, flag
 from convert.command_line.images import load_images
 from convert.errors import ConversionError
 from convert.proof import parity, report
@@ -54,19 +56,24 @@ def with_float64(command: Callable[Arguments, Result]) -> Callable[Arguments, Re
 
 
 @with_float64
-def inspect_checkpoint(source: str, **options: Any) -> None:
-    """Say what `source` is."""
+def inspect_checkpoint(source: str, *, as_json: bool, **options: Any) -> None:
+    """Say what `source` is, in words or as JSON."""
     fields = given(options)
     if is_converted(source):
         if fields:
             raise ConversionError(
                 f'{source} is a folder that convert wrote; it tells all itself, without {flags(fields)}.'
             )
-        show_converted(read_config(source))
+        config = read_config(source)
+        show_converted(config) if not as_json else print_json(config)
         return
     inspection = conversion.inspect(source, **fields)
+    if as_json:
+        print_json(facts_of(inspection, fields))
+        return
     show_inspection(inspection)
     show_plan(inspection)
+    to_copy('\nconvert it:', convert_line(inspection, fields))
 
 
 @with_float64
@@ -241,31 +248,19 @@ def is_converted(source: str) -> bool:
     return True
 
 
+def print_json(facts: Mapping[str, Any]) -> None:
+    """Print facts for machines, and nothing else."""
+    print(json.dumps(facts, indent=2))  # noqa: T201 - as it is, however narrow the terminal is
+
+
 def to_copy(label: str, text: str) -> None:
     """Print what people copy: on one line, however narrow the terminal is."""
     out.print(label, escape(text), soft_wrap=True)
 
 
-def command_line(command: str, *arguments: str, **options: Any) -> str:
-    """A command of ours, to be copied to a shell."""
-    words = [word for name, value in options.items() for word in (flag(name), in_words(value))]
-    dashes = ['--'] if any(argument.startswith('-') for argument in arguments) else []
-    return shlex.join(['flax-vit', command, *words, *dashes, *arguments])
-
-
-def flag(name: str) -> str:
-    """How a field is written on the command line."""
-    return f'--{name.replace("_", "-")}'
-
-
 def flags(names: Iterable[str]) -> str:
     """Several of them."""
     return ', '.join(map(flag, names))
-
-
-def in_words(value: Any) -> str:
-    """How its value is."""
-    return 'x'.join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def this_command() -> str:

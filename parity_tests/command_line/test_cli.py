@@ -75,6 +75,51 @@ def test_inspect_says_what_it_is_and_the_whole_plan(flax_vit: Run) -> None:
         assert words in printed, words
 
 
+@pytest.mark.parametrize('given', [[], ['--heads', '3'], FIELDS, ['--image-size', '8x8', '--key', 'model_state_dict']])
+def test_inspect_ends_with_the_command_that_converts(flax_vit: Run, given: list[str]) -> None:
+    """As it is printed, once what is in capitals is filled in."""
+    _, printed, _ = flax_vit('inspect', 'simple_vit.pt', *given)
+    program, *words = shlex.split(printed.rstrip().rpartition('\n')[2].removeprefix('convert it:'))
+    assert program == 'flax-vit'
+    wanted = {'IMAGE_SIZE': '8', 'HEADS': '3', 'CHANNELS': '1'}
+    assert {word for word in words if word.isupper()} == {
+        name
+        for name in wanted
+        if f'--{name.lower().replace("_", "-")}' not in given and not (name == 'CHANNELS' and '--patch-size' in given)
+    }
+    status, _, problem = flax_vit(*(wanted.get(word, word) for word in words))
+    assert status == 0, problem
+    assert from_pretrained('simple_vit-flax')[0] == from_pretrained_with(flax_vit, FIELDS)
+
+
+def from_pretrained_with(flax_vit: Run, fields: list[str]) -> Any:
+    assert flax_vit('convert', 'simple_vit.pt', 'expected', *fields)[0] == 0
+    return from_pretrained('expected')[0]
+
+
+def test_inspect_for_machines(flax_vit: Run) -> None:
+    status, printed, said = flax_vit('inspect', 'simple_vit.pt', '--json', '--heads', '3')
+    facts = json.loads(printed)
+    assert (status, said) == (0, '')
+    assert facts['model'] == 'SimpleViT'
+    assert facts['layout']['id'] == 'S3'
+    assert facts['key'] == 'model_state_dict'
+    assert facts['fields']['heads'] == {'value': 3, 'known by': 'given', 'because': ''}
+    assert facts['fields']['image_size']['value'] is None
+    assert facts['fields']['image_size']['known by'] == 'unknown'
+    assert facts['fields']['param_dtype']['value'] == 'float32'
+    assert facts['convert'] == (
+        'flax-vit convert --heads 3 --image-size IMAGE_SIZE --channels CHANNELS simple_vit.pt simple_vit-flax'
+    )
+    assert {'name': 'linear_head.bias', 'shape': [10], 'dtype': 'float32', 'parameter': 'linear_head/bias'}.items() <= (
+        facts['tensors'][-1].items()
+    )
+    assert 'optimizer_state_dict' in facts['left aside']
+    assert sum(np.prod(tensor['shape']) for tensor in facts['tensors']) == facts['parameters']
+    flax_vit('convert', 'simple_vit.pt', 'out', *FIELDS)
+    assert json.loads(flax_vit('inspect', 'out', '--json')[1])['fields']['heads'] == 3
+
+
 @pytest.mark.parametrize('ending', ['pt', 'safetensors'])
 def test_convert_verify_export_and_back(flax_vit: Run, ending: str) -> None:
     source = f'simple_vit.{ending}'

@@ -13,8 +13,10 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as orbax
@@ -254,6 +256,19 @@ def test_rules(one: Mesh) -> None:
     rules: Any = [('net_1', P(('data', 'model'))), (re.compile('kernel'), P('data'))]
     assert spec(shardings(tree, one, rules))['mu'][0]['net_1']['bias'] == P(('data', 'model'))
     assert spec(shardings(tree, one, ()))['mu'][0]['net_1']['bias'] == P(None)
+
+
+def test_a_training_state_with_a_number_in_it(one: Mesh) -> None:
+    """flax's TrainState counts its steps in an int; and a rule may leave an axis to the compiler."""
+    model, variables = MODELS['deep'], variables_of(MODELS['deep'])
+    state = TrainState.create(apply_fn=model.apply, params=variables['params'], tx=optax.adam(1e-3))
+    found = shardings(state, one)
+    assert found.step.spec == P()
+    assert found.params['transformer']['layers_0_1']['net_1']['kernel'].spec == P(None, 'model')
+    assert found.opt_state[0].mu['transformer']['layers_0_1']['net_1']['kernel'].spec == P(None, 'model')
+    open_axis = shardings(variables, one, [('net_1/kernel$', P(P.UNCONSTRAINED, 'model'))])
+    spec = open_axis['params']['transformer']['layers_0_1']['net_1']['kernel'].spec
+    assert spec == P(P.UNCONSTRAINED, 'model')
 
 
 def test_a_mesh_that_does_not_fit(one: Mesh, folders: dict[str, pathlib.Path]) -> None:

@@ -214,3 +214,33 @@ def test_parameters_of_several_dtypes(model_class: Any) -> None:
     np.testing.assert_allclose(stacked, logits, rtol=1e-4, atol=1e-6)
     half = model.clone(scan_layers=True, dtype=jnp.bfloat16)
     assert half.apply(stack_layers(variables), images).dtype == jnp.bfloat16
+
+
+def test_the_state_of_an_optimizer_and_a_mask() -> None:
+    """Dicts with the parameters' names inside of optax's own tuples; and what says something of each parameter."""
+    _, _, variables = converted(CONFIGURATIONS['deep-mean'], torch.float32)
+    mask = jax.tree.map(lambda array: array.ndim > 1, variables)
+    adam = optax.masked(optax.adam(1e-3), mask)
+    groups = optax.multi_transform({True: adam, False: optax.sgd(1e-3, momentum=0.9)}, mask)
+    for state in (adam.init(variables), groups.init(variables), optax.adamw(1e-3).init(variables)):
+        again = jax.tree.map(lambda array: array + 1, state)
+        stacked = stack_layers(again)
+        assert structure(unstack_layers(stacked)) == structure(again)
+        for one, other in zip(jax.tree.leaves(unstack_layers(stacked)), jax.tree.leaves(again), strict=True):
+            np.testing.assert_array_equal(one, other)
+        assert len(jax.tree.leaves(stacked)) < len(jax.tree.leaves(again))
+    gradients, adamw = jax.tree.map(jnp.cos, variables), optax.adamw(1e-3)
+    updates, _ = adamw.update(gradients, adamw.init(variables), variables)
+    ours, _ = adamw.update(stack_layers(gradients), stack_layers(adamw.init(variables)), stack_layers(variables))
+    assert_same_bits(unstack_layers(ours), updates)
+    assert jax.tree.leaves(stack_layers(mask))[0] in (True, False)
+    assert structure(stack_layers(mask)) == structure(stack_layers(variables))
+    with pytest.raises(ValueError, match='how many blocks'):
+        unstack_layers(stack_layers(mask))
+    mask['params']['transformer']['layers_0_0']['norm']['scale'] = True
+    with pytest.raises(ValueError, match=r'layers_0/norm/scale of the blocks cannot be stacked: it is True, False'):
+        stack_layers(mask)
+
+
+def structure(tree: Any) -> str:
+    return str(jax.tree.structure(tree))

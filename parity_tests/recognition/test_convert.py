@@ -5,6 +5,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import jax
@@ -239,3 +240,60 @@ print(type(model).__name__, 'torch' in sys.modules)
 def test_a_class_is_no_model() -> None:
     with pytest.raises(ConversionError, match='This is the class SimpleViT, not a model of it: build one'):
         convert.inspect(simple_vit.SimpleViT)
+
+
+# ---- fields as people give them, and modules as they are
+
+
+def test_pairs_and_numpys_numbers(deep: torch.nn.Module) -> None:
+    """One number for both sides where a model knows only squares; whole numbers of any kind."""
+    state_dict = deep.state_dict()
+    plain = convert.inspect(deep).model
+    side = plain.patch_size
+    for given in (
+        {'patch_size': (side, side)},
+        {'patch_size': [side, side], 'image_size': (plain.image_size, plain.image_size)},
+        {'patch_size': np.int64(side), 'heads': np.int32(plain.heads), 'depth': np.uint8(plain.depth)},
+    ):
+        found = convert.inspect(state_dict, **given).model
+        assert (found.patch_size, found.image_size, found.heads) == (side, plain.image_size, plain.heads)
+        assert all(type(value) is int for value in (found.patch_size, found.image_size, found.heads))
+    with pytest.raises(ConversionError, match=r'patch_size must be a whole number from 1 up, not \(4, 2\)'):
+        convert.inspect(state_dict, patch_size=(4, 2))
+    with pytest.raises(ConversionError, match='heads must be a whole number from 1 up, not True'):
+        convert.inspect(state_dict, heads=True)
+
+
+@pytest.mark.parametrize('live', [False, True])
+@pytest.mark.filterwarnings('ignore:Initializing zero-element')
+def test_vit_pytorchs_own_way_to_have_no_classes(live: bool) -> None:
+    """A head of 0 x dim, whose logits are none: the pooled features come out."""
+    for module in (
+        simple_vit.SimpleViT(image_size=8, patch_size=4, num_classes=0, dim=16, depth=1, heads=2, mlp_dim=20),
+        deepvit.DeepViT(image_size=8, patch_size=4, num_classes=0, dim=16, depth=1, heads=2, mlp_dim=20),
+    ):
+        source = module if live else module.state_dict()
+        inspection = convert.inspect(source, image_size=8)
+        assert inspection.fields['num_classes'].value == 0
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter('always')
+            model, variables = convert.from_torch(source, image_size=8)
+        assert any('_head: ' in str(warning.message) for warning in said)
+        assert model.apply(variables, np.zeros((2, 8, 8, 3), np.float32)).shape == (2, 16)  # type: ignore[union-attr]
+
+
+def test_a_module_without_blocks() -> None:
+    module = simple_vit.SimpleViT(image_size=8, patch_size=4, num_classes=3, dim=16, depth=0, heads=2, mlp_dim=20)
+    with pytest.raises(ConversionError, match='has no blocks: with depth=0 it is no transformer'):
+        convert.inspect(module)
+
+
+@pytest.mark.parametrize('part', ['transformer.layers.1.0.dropout', 'transformer.layers.0.1.net.5'])
+def test_dropouts_of_several_rates_are_said(deep: Any, part: str) -> None:
+    fields = {'image_size': 8, 'patch_size': 4, 'num_classes': 3, 'dim': 16, 'depth': 2, 'heads': 2, 'mlp_dim': 20}
+    module = deepvit.DeepViT(**fields, dropout=0.1)
+    assert convert.inspect(module).fields['dropout'].value == 0.1
+    module.get_submodule(part).p = 0.5
+    name = part.removeprefix('transformer.')
+    with pytest.warns(ConversionWarning, match=rf'several rates: 0.1, but {name}: 0.5. Here all have one, 0.1; it'):
+        assert convert.inspect(module).fields['dropout'].value == 0.1

@@ -6,6 +6,7 @@ without running anything (an audit hook watches) and without writing a file.
 
 import argparse
 import contextlib
+import gzip
 import io
 import json
 import pickle
@@ -23,11 +24,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import joblib
 import numpy as np
 import safetensors.torch
 import torch
 from safetensors import deserialize
+from vit_pytorch.simple_vit import SimpleViT
 
+from convert import inspect
 from convert.errors import ConversionError
 from convert.files.checkpoint import Checkpoint, Foreign, array, read
 from convert.files.pickled_values import EXPANDED
@@ -102,11 +106,23 @@ def samples() -> dict[str, bytes]:
         'epoch': 3,
     }
     arrays = {key: value.contiguous().clone() for key, value in tree['state_dict'].items()}  # type: ignore[attr-defined]
+    model = SimpleViT(
+        image_size=4, patch_size=4, num_classes=2, dim=8, depth=1, heads=1, mlp_dim=3, dim_head=2, channels=1
+    )
+    exported = torch.export.export(torch.nn.Linear(2, 3), (torch.ones(1, 2),))
+    tree['model'] = dict(model.state_dict())
+    numbers = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     found = {}
     for name, save in {
         'torch zip archive': lambda file: torch.save(tree, file),
         'torch zip archive, protocol 4': lambda file: torch.save(tree, file, pickle_protocol=4),
         'safetensors': lambda file: file.write(safetensors.torch.save(arrays, {'format': 'pt'})),
+        'torch, older': lambda file: torch.save(tree, file, _use_new_zipfile_serialization=False),
+        'pickle': lambda file: pickle.dump(tree | {'numpy': numbers}, file, 2),
+        'pickle, protocol 5': lambda file: pickle.dump(tree | {'numpy': numbers}, file, 5),
+        'joblib': lambda file: joblib.dump({'model': numbers, 'epoch': 3}, file),
+        'gzip': lambda file: file.write(gzip.compress(pickle.dumps({'numpy': numbers}, 4), mtime=0)),
+        'torch.export archive': lambda file: torch.export.save(exported, file),
         'numpy npz': lambda file: np.savez(file, a=np.ones((3, 4)), b=np.asfortranarray(np.ones((2, 3), np.float32))),
         'numpy npz, compressed': lambda file: np.savez_compressed(file, a=np.ones((30, 4)), b=np.arange(5)),
     }.items():
@@ -238,6 +254,8 @@ def damaged_files(seed: int, count: int) -> Iterator[tuple[str, bytes]]:
             yield f'{kind}: instructions', archive(damaged_program(program, chance), storages)
         elif kind == 'safetensors' and draw < 0.6:
             yield f'{kind}: header', damaged_header(sound[kind], chance)
+        elif kind.startswith('pickle') and draw < 0.5:
+            yield f'{kind}: instructions', damaged_program(sound[kind], chance)
         elif draw < 0.7:
             other, cut = sound[chance.choice(list(sound))], chance.random()
             yield f'{kind}: spliced', sound[kind][: int(cut * len(sound[kind]))] + other[int(cut * len(other)) :]
@@ -299,23 +317,27 @@ def attempt(path: Path, compare: bool = True) -> tuple[str, int, int]:
     """Reads a damaged file -> ('converted' or 'refused', steps, peak of memory in bytes).
 
     Raises: AssertionError if the file did anything, if an array is wrong, if a message would upset a terminal; if it
-    took more steps than its size explains; and whatever else than ConversionError `read` raises.
+    took more steps than its size explains; and whatever else than ConversionError `read` and `inspect` raise.
     """
     global _watch
-    _watch = _watch or Watch()
-    checkpoint, message = None, ''
+    if _watch is None:
+        with contextlib.suppress(ConversionError):
+            inspect({'linear_head.weight': np.zeros((1, 1))})  # the layouts' names are traced once
+        _watch = Watch()
+    checkpoint, messages = None, []
     _watch.seen.clear()
     _watch.on = True
     try:
         checkpoint = read(path)
+        inspect(path)
     except ConversionError as error:
-        message = str(error)
+        messages.append(str(error))
     finally:
         _watch.on = False
 
     def again() -> None:
         with contextlib.suppress(ConversionError):
-            read(path)
+            inspect(path)
 
     work = steps(again)
     assert work < STEPS + STEPS_PER_BYTE * path.stat().st_size, f'{work} steps for {path.stat().st_size} bytes'
@@ -324,13 +346,18 @@ def attempt(path: Path, compare: bool = True) -> tuple[str, int, int]:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert not _watch.seen, _watch.seen
-    assert message.replace('\n', '').isprintable(), repr(message)
-    assert len(message) < 10_000
+    for message in messages:
+        assert message.replace('\n', '').isprintable(), repr(message)
+        assert len(message) < 10_000
     if checkpoint is None:
         return 'refused', work, peak
     for found in arrays_of(checkpoint.tree):
         assert not found.flags.writeable
-        assert found.nbytes <= (UNPACKED if 'npz' in checkpoint.format else max(path.stat().st_size, EXPANDED))
+        assert found.nbytes <= (
+            UNPACKED
+            if 'npz' in checkpoint.format or 'compressed' in checkpoint.format
+            else max(path.stat().st_size, EXPANDED)
+        )
         found.tobytes()  # every byte is there: outside the file this would be a crash
     if compare:  # not for files that torch itself would never be done with
         check_with_library(path, checkpoint)
@@ -342,7 +369,7 @@ def check_with_library(path: Path, checkpoint: Checkpoint) -> None:
     if checkpoint.format == 'safetensors':
         theirs = {name: (tuple(found['shape']), bytes(found['data'])) for name, found in deserialize(path.read_bytes())}
         assert theirs == {name: (ours.shape, ours.tobytes()) for name, ours in checkpoint.tree.items()}
-    if checkpoint.format == 'torch zip archive':
+    if checkpoint.format in ('torch zip archive', "torch's older format"):
         try:
             with warnings.catch_warnings(action='ignore'), torch.serialization.safe_globals([argparse.Namespace]):
                 tree = torch.load(path, map_location='cpu', weights_only=True)

@@ -1,0 +1,71 @@
+"""What `flax-vit inspect` found, for machines, and the command that converts it."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from convert.conversion import Inspection
+from flax_vit.layers import COMPUTATION
+
+
+def facts_of(inspection: Inspection, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All that an inspection tells, in plain JSON. `options`: those that it was made with."""
+    layout = inspection.layout
+    return {
+        'format': 'flax_vit inspection 1',
+        'source': inspection.source,
+        'read as': inspection.format,
+        'files': [str(file) for file in inspection.files],
+        'model': layout.model.__name__,
+        'layout': {'id': layout.id, 'wrote it': str(layout)},
+        'key': inspection.unwrapped.address,
+        'parameters': inspection.parameters,
+        'dtypes': inspection.dtypes,
+        'fields': {
+            name: {'value': plain(field.value), 'known by': field.how, 'because': field.why}
+            for name, field in inspection.fields.items()
+            if name not in COMPUTATION or field.how == 'given'
+        },
+        'left aside': dict(inspection.unwrapped.left_aside),
+        'tensors': [
+            {
+                'name': name,
+                'shape': list(inspection.tensors[name].shape),
+                'dtype': str(inspection.tensors[name].dtype),
+                'parameter': '/'.join(leaf.path),
+                'transform': leaf.transform,
+            }
+            for name, leaf in inspection.plan
+        ],
+        'convert': convert_line(inspection, options),
+    }
+
+
+def convert_line(inspection: Inspection, options: Mapping[str, Any]) -> str:
+    """The command that converts what was inspected with `options`; what must be filled in, in capitals."""
+    asked = [name for name, field in inspection.fields.items() if field.how == 'unknown' and field.why]
+    folder = f'{Path(inspection.source).name.partition(".")[0]}-flax'
+    return command_line('convert', inspection.source, folder, **options, **{name: name.upper() for name in asked})
+
+
+def plain(value: Any) -> Any:
+    """A field's value in JSON."""
+    return value if value is None or isinstance(value, bool | int | float | str | tuple) else str(value)
+
+
+def command_line(command: str, *arguments: str, **options: Any) -> str:
+    """A command of ours, to be copied to a shell."""
+    words = [word for name, value in options.items() for word in (flag(name), in_words(value))]
+    dashes = ['--'] if any(argument.startswith('-') for argument in arguments) else []
+    return shlex.join(['flax-vit', command, *words, *dashes, *arguments])
+
+
+def flag(name: str) -> str:
+    """How a field is written on the command line."""
+    return f'--{name.replace("_", "-")}'
+
+
+def in_words(value: Any) -> str:
+    """How its value is."""
+    return 'x'.join(map(str, value)) if isinstance(value, tuple) else str(value)
