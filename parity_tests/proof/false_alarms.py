@@ -28,11 +28,15 @@ from convert.proof.flax_side import FlaxSide
 from convert.proof.measure import Row
 from convert.proof.parity import labels, measured, tensors_as_converted
 from convert.proof.torch_side import TorchSide
-from parity_tests.support.reference import Configuration, deep_vit, perturbed, pytorch, simple_vit
+from parity_tests.support.reference import Configuration, deep_vit, perturbed, pytorch, simple_vit, vit
 
 # Two heads are the worst: a LayerNorm over two numbers gives hardly more than their sign.
 HEADS = {2: (5, (1, 8)), 3: (2, (2, 5)), 4: (1, (1, 4)), 8: (7, (3, 8))}  # heads: classes, and numbers of images
-BUILD: dict[str, Callable[..., Configuration]] = {'DeepViT': partial(deep_vit, (8, 8)), 'SimpleViT': simple_vit}
+BUILD: dict[str, Callable[..., Configuration]] = {
+    'DeepViT': partial(deep_vit, (8, 8)),
+    'SimpleViT': simple_vit,
+    'ViT': partial(vit, (8, 8)),
+}
 SIZES = {'image_size': 8, 'patch_size': 4, 'dim': 12, 'depth': 2, 'mlp_dim': 8, 'dim_head': 4}
 DTYPES = ('float32', 'bfloat16', 'float16')
 SCALES = (0.3, 1.0, 2.0)  # of all matrices, over the size that keeps products at 1
@@ -53,9 +57,14 @@ class Result(NamedTuple):
         return all(row.right for row in self.rows)
 
 
-def results(ports: int, dtypes: Sequence[str] = DTYPES) -> Iterator[Result]:
-    """The measure of so many right ports, with gradients; what is compiled once serves all of a kind."""
-    kinds = [(name, heads, number) for heads in HEADS for name in BUILD for number in range(2)]
+def results(ports: int, dtypes: Sequence[str] = DTYPES, *, most_heads: int = 8, counts: int = 2) -> Iterator[Result]:
+    """The measure of so many right ports, with gradients; what is compiled once serves all of a kind.
+
+    `counts`: of how many of the numbers of images.
+    """
+    kinds = [
+        (name, heads, number) for heads in HEADS if heads <= most_heads for name in BUILD for number in range(counts)
+    ]
     every = [(*kind, dtype) for kind in kinds for dtype in dtypes]
     sides: dict[tuple[str, int], FlaxSide] = {}
     for port in range(ports):
