@@ -57,13 +57,13 @@ class Result(NamedTuple):
         return all(row.right for row in self.rows)
 
 
-def results(ports: int, dtypes: Sequence[str] = DTYPES, *, most_heads: int = 8, counts: int = 2) -> Iterator[Result]:
+def results(ports: int, dtypes: Sequence[str] = DTYPES, *, most_heads: int = 8, batches: int = 2) -> Iterator[Result]:
     """The measure of so many right ports, with gradients; what is compiled once serves all of a kind.
 
-    `counts`: of how many of the numbers of images.
+    `batches`: of how many of the numbers of images.
     """
     kinds = [
-        (name, heads, number) for heads in HEADS if heads <= most_heads for name in BUILD for number in range(counts)
+        (name, heads, number) for heads in HEADS if heads <= most_heads for name in BUILD for number in range(batches)
     ]
     every = [(*kind, dtype) for kind in kinds for dtype in dtypes]
     sides: dict[tuple[str, int], FlaxSide] = {}

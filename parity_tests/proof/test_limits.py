@@ -106,7 +106,7 @@ def small(seed: int = 0, **fields: Any) -> DeepViT:
 def test_right_ports_are_called_right() -> None:
     """Two dozen of those that `false_alarms.py` draws a thousand of: with two and three heads, of every kind."""
     wrong = [
-        (result[:-1], [row for row in result.rows if not row.right]) for result in results(24, most_heads=3, counts=1)
+        (result[:-1], [row for row in result.rows if not row.right]) for result in results(24, most_heads=3, batches=1)
     ]
     assert [each for each in wrong if each[1]] == []
 
