@@ -30,7 +30,7 @@ lint: $(VENV)/test.installed
 USING_ALL := $(patsubst %,parity_tests/%.py,files/test_damage folders/test_hub folders/test_pretrained \
 	models/test_nnx models/test_serving models/test_stacking project/test_finetune project/test_package proof/test_report)
 lowest-test: $(LOWEST)/installed
-	$(LOWEST)/bin/$(PYTEST) -W ignore::DeprecationWarning $(USING_ALL)
+	$(LOWEST)/bin/$(PYTEST) -m 'not slow' -W ignore::DeprecationWarning $(USING_ALL)
 
 # What README.md and docs/performance.md show: about an hour on two idle cores.
 bench: $(VENV)/test.installed $(if $(shell command -v nvidia-smi 2>/dev/null),$(VENV)/gpu.installed)
