@@ -235,7 +235,7 @@ def export_program(
 
 @with_float64
 def run_demo() -> bool:
-    """Convert, verify and compare, on two models; whether all is right."""
+    """Convert, verify and compare, on three models; whether all is right."""
     return demo.demo()
 
 

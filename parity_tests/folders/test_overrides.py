@@ -12,6 +12,7 @@ import torch
 
 from flax_vit import PretrainedWarning, from_pretrained, save_pretrained
 from flax_vit.folders.overrides import resize_positions
+from flax_vit.layers import grid_of
 from parity_tests.support.small_models import MODELS, assert_equal, variables_of
 
 
@@ -72,8 +73,9 @@ def test_another_image_size(folder: pathlib.Path) -> None:
         assert outputs(model, variables, 20, 20) == (2, 3)
         table = variables['params'].pop('pos_embedding')
         saved = expected['params'].pop('pos_embedding')
-        assert (table.shape, table.dtype) == ((1, 26, 16), jnp.float32)
-        np.testing.assert_allclose(table, resize_positions(np.asarray(saved), (2, 2), (5, 5)), rtol=1e-6)
+        assert (table.shape, table.dtype) == ((*saved.shape[:-2], 26, 16), jnp.float32)
+        grid = grid_of(MODELS[folder.name])
+        np.testing.assert_allclose(table, resize_positions(np.asarray(saved), grid, (5, 5)), rtol=1e-6)
     assert_equal(variables, expected)
 
 
@@ -87,6 +89,7 @@ def test_positions_are_resized_as_pytorch_does(old: int, new: int, float64: None
     # Each is a sum of 16 products in float64, the weights below 2 in sum.
     limit = 32 * np.finfo(np.float64).eps * np.abs(table).max()
     assert np.abs(resized[:, 1:] - grid.permute(0, 2, 3, 1).reshape(1, new**2, 5).numpy()).max() <= limit
+    np.testing.assert_array_equal(resize_positions(table[0], (old, old), (new, new)), resized[0])
 
 
 def test_an_unchanged_grid_is_unchanged(float64: None) -> None:
@@ -122,7 +125,7 @@ def test_what_is_no_key(folder: pathlib.Path) -> None:
 
 
 def test_other_patches_are_refused_even_if_they_fit(folder: pathlib.Path) -> None:
-    fit: Any = {'patch_size': 2, 'channels': 12, 'image_size': (4, 6) if folder.name == 'simple' else 4}
+    fit: Any = {'patch_size': 2, 'channels': 12, 'image_size': 4 if folder.name == 'deep' else (4, 6)}
     with pytest.raises(ValueError, match=r'=.* does not fit the saved parameters: their first matrix is for'):
         from_pretrained(folder, **fit)
     if folder.name == 'simple':
@@ -130,7 +133,10 @@ def test_other_patches_are_refused_even_if_they_fit(folder: pathlib.Path) -> Non
 
 
 def test_another_function_of_the_same_weights_is_said(folder: pathlib.Path) -> None:
-    fields = {'heads': 4, 'dim_head': 32} if folder.name == 'simple' else {'pool': 'cls'}
+    another: dict[str, dict[str, Any]] = {
+        'simple': {'heads': 4, 'dim_head': 32}, 'deep': {'pool': 'cls'}, 'vit': {'pool': 'mean', 'scale_by_dim': True}
+    }  # fmt: skip
+    fields = another[folder.name]
     with pytest.warns(PretrainedWarning, match='makes another function of the same weights') as said:
         model, variables = from_pretrained(folder, **fields)
     assert len(said) == len(fields)

@@ -33,6 +33,9 @@ CASES = [
     *((name, way) for name in MODELS for way in WAYS),
     ('deep-smaller-oblong', 'plain'),
     ('simple-one-of-each', 'plain'),
+    ('vit-oblong', 'plain'),
+    ('vit-smaller-oblong', 'scanned-in-chunks'),
+    ('vit-one-head-of-full-width', 'plain'),
 ]
 
 
@@ -40,7 +43,7 @@ def pytorch_features(module: Any, images: torch.Tensor) -> dict[str, np.ndarray]
     """The same by forward hooks, the tokens as what each attention and the end of the transformer gets or gives."""
     found: dict[str, np.ndarray] = {}
     transformer = module.transformer
-    deep = hasattr(module, 'mlp_head')
+    deep = hasattr(transformer.layers[0][0], 'reattn_norm')
 
     def output(name: str) -> Any:
         return lambda _, inputs, output: found.update({name: to_numpy(output.clone())})
@@ -154,5 +157,5 @@ def test_what_are_no_blocks_and_no_model() -> None:
             features(model, variables, images, blocks=[block])  # type: ignore[list-item]
     fields = {name: getattr(model, name) for name in field_names(DeepViT)}
     for stranger in (Wider(**fields), to_nnx(model, variables)):
-        with pytest.raises(ValueError, match='features looks into a DeepViT or a SimpleViT itself, not a '):
+        with pytest.raises(ValueError, match='features looks into a DeepViT or a SimpleViT or a ViT itself, not a '):
             features(stranger, variables, images)

@@ -14,11 +14,15 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from flax_vit import DeepViT, SimpleViT, from_nnx, to_nnx
+from flax_vit import DeepViT, SimpleViT, ViT, from_nnx, to_nnx
 from parity_tests.support.pages import ROOT, blocks
 
 SIZES: dict[str, Any] = {'image_size': 8, 'patch_size': 4, 'num_classes': 3, 'dim': 16, 'depth': 1, 'heads': 2}
-MODELS = [DeepViT(**SIZES, mlp_dim=8, dropout=0.5, emb_dropout=0.5), SimpleViT(**SIZES, mlp_dim=8)]
+MODELS = [
+    DeepViT(**SIZES, mlp_dim=8, dropout=0.5, emb_dropout=0.5),
+    SimpleViT(**SIZES, mlp_dim=8),
+    ViT(**SIZES, mlp_dim=8, dropout=0.5, emb_dropout=0.5),
+]
 IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 
 
@@ -93,7 +97,7 @@ def test_train_and_eval(model: Any, variables: Any) -> None:
     call = nnx.jit(lambda module, **keywords: module(IMAGES, **keywords), static_argnames='train')
     evaluated = call(module)
     dropped = not np.array_equal(call(module, train=True), evaluated)
-    assert dropped == isinstance(model, DeepViT)
+    assert dropped == (not isinstance(model, SimpleViT))
     module.train()
     assert np.array_equal(call(module), evaluated) != dropped
     assert np.array_equal(call(module, train=False), evaluated)
@@ -129,8 +133,10 @@ def test_what_is_none_of_ours(model: Any, variables: Any) -> None:
         to_nnx(model, variables['params'])
     with pytest.raises(ValueError, match='expected'):
         to_nnx(model.clone(mlp_dim=9), variables)
-    with pytest.raises(ValueError, match='The model must be a DeepViT or a SimpleViT, not a Dense'):
+    with pytest.raises(ValueError, match='The model must be a DeepViT or a SimpleViT or a ViT, not a Dense'):
         to_nnx(nn.Dense(3), variables)
     for module in (nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.bridge.ToNNX(nn.Dense(3)), model):
-        with pytest.raises(ValueError, match='from_nnx takes what to_nnx made of a DeepViT or a SimpleViT, not a '):
+        with pytest.raises(
+            ValueError, match='from_nnx takes what to_nnx made of a DeepViT or a SimpleViT or a ViT, not a '
+        ):
             from_nnx(module)  # type: ignore[arg-type]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from convert.command_line.cli import main
-from flax_vit import DeepViT, SimpleViT, export_serving, save_pretrained
+from flax_vit import DeepViT, SimpleViT, ViT, export_serving, save_pretrained
 
 SIZES: dict[str, Any] = {'image_size': 8, 'patch_size': 4, 'num_classes': 3, 'dim': 16, 'depth': 1, 'heads': 2}
-MODELS = [DeepViT(**SIZES, mlp_dim=8), SimpleViT(**SIZES, mlp_dim=8)]
+MODELS = [DeepViT(**SIZES, mlp_dim=8), SimpleViT(**SIZES, mlp_dim=8), ViT(**SIZES, mlp_dim=8)]
 IMAGES = np.random.default_rng(0).standard_normal((5, 8, 8, 3), np.float32)
 LOADER, *_ = re.findall(
     r'```python\n(import jax\n.*?)```',

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from flax_vit import DeepViT, SimpleViT, from_pretrained, save_pretrained, stack_layers
+from flax_vit import DeepViT, SimpleViT, ViT, from_pretrained, save_pretrained, stack_layers
 from parity_tests.support.small_models import variables_of as random_variables
 
 SIZES: Any = {'image_size': 8, 'patch_size': 4, 'num_classes': 3, 'dim': 8, 'depth': 1, 'heads': 2, 'mlp_dim': 8}
-MODELS = {'simple': SimpleViT(**SIZES), 'deep': DeepViT(**SIZES, dropout=0.5, emb_dropout=0.5)}
+MODELS = {'simple': SimpleViT(**SIZES), 'deep': DeepViT(**SIZES, dropout=0.5, emb_dropout=0.5)} | {
+    'vit': ViT(**SIZES, dropout=0.5, emb_dropout=0.5)
+}
 WAYS: dict[str, Any] = {
     'plain': {},
     'in-chunks': {'query_chunk_size': 2},

@@ -407,7 +407,7 @@ def assert_parts_right(
 def test_parts_are_vit_pytorchs(name: str, float64: None) -> None:
     configuration = CONFIGURATIONS[name]
     module, images = pytorch(configuration), random_images(configuration, batch=1)
-    model = convert.inspect(module).model
+    model = convert.inspect(module, **configuration.told).model
     outputs = pytorch_outputs(module, channels_first(images))
     tensors = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
     assert_parts_right(model, tensors, images[0], outputs)
@@ -437,7 +437,7 @@ def test_parts_of_older_releases_and_without_head(
 def test_mistakes_differ(configuration: Configuration, float64: None) -> None:
     """No two mistakes give the same output, so that whatever is named is named rightly."""
     module, images = pytorch(configuration), random_images(configuration, batch=1)
-    model = convert.inspect(module).model
+    model = convert.inspect(module, **configuration.told).model
     outputs = pytorch_outputs(module, channels_first(images))
     tensors = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
     truth = {part: outputs[part][0] for part in labels(model)}

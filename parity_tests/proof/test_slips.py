@@ -140,7 +140,7 @@ def slip(*configurations: Configuration) -> Callable[[Slip], Slip]:
     return register
 
 
-@slip(DEEP, SIMPLE)
+@slip(DEEP, SIMPLE, VIT)
 def tanh_gelu(port: Port) -> None:
     port.substitute_gelu(nn.gelu)
 
@@ -175,7 +175,7 @@ def values_first_then_queries_and_keys(port: Port) -> None:
     port.change('to_qkv/kernel', lambda kernel: jnp.roll(kernel, kernel.shape[1] // 3, axis=1))
 
 
-@slip(DEEP, SIMPLE)
+@slip(DEEP, SIMPLE, VIT)
 def queries_and_keys_swapped(port: Port) -> None:
     port.change('to_qkv/kernel', lambda kernel: jnp.concatenate([jnp.split(kernel, 3, 1)[i] for i in (1, 0, 2)], 1))
 
@@ -200,14 +200,14 @@ def heads_wrong(port: Port) -> None:
     port.model = port.model.clone(heads=6, dim_head=4)
 
 
-@slip(DEEP, SIMPLE)
+@slip(DEEP, SIMPLE, VIT)
 def scale_missing(port: Port) -> None:
     inner_dim, root = port.model.heads * port.model.dim_head, port.model.dim_head**0.5
     # larger queries are what dots without their scale come to
     port.change('to_qkv/kernel', lambda kernel: kernel.at[:, :inner_dim].multiply(root))
 
 
-@slip(DEEP, SIMPLE)
+@slip(DEEP, SIMPLE, VIT)
 def channels_before_the_pixels_of_a_patch(port: Port) -> None:
     port.respell('(p1 p2 c)', '(c p1 p2)', flax_vit.layers)
 

@@ -39,6 +39,11 @@ class Configuration:
     image: tuple[int, int]  # height, width
     batch: int = 2
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What not even the module tells."""
+        return {'image_size': self.fields['image_size']} if self.architecture == 'ViT' else {}
+
 
 def deep_vit(image: tuple[int, int], **fields: Any) -> Configuration:
     return Configuration('DeepViT', fields, image)
@@ -195,8 +200,7 @@ def converted(
 ) -> tuple[torch.nn.Module, nn.Module, Any]:
     """The perturbed module, and the port with its weights, whose matrix products are exact on any device."""
     module = pytorch(configuration, dtype, seed)
-    told = {'image_size': configuration.fields['image_size']} if configuration.architecture == 'ViT' else {}
-    return module, *convert.from_torch(module, precision='highest', **told, **options)
+    return module, *convert.from_torch(module, precision='highest', **configuration.told, **options)
 
 
 def port_table(configuration: Configuration) -> torch.Tensor:

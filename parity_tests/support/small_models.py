@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from flax_vit import DeepViT, SimpleViT
+from flax_vit import DeepViT, SimpleViT, ViT
 from flax_vit.parameters import param_shapes
 
 MODELS = {
     'simple': SimpleViT(image_size=(8, 12), patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=20),
     'deep': DeepViT(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=20, pool='mean'),
+    'vit': ViT(image_size=(8, 12), patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=20),
 }
 
 
