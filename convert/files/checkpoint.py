@@ -4,6 +4,7 @@ What a file is, its content tells, not its name. Arrays are read-only views of t
 memory for them, and the file must not be changed while they are in use.
 """
 
+import errno
 import os
 import re
 import struct
@@ -52,7 +53,17 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     """
     if re.match(r'[a-z][a-z0-9+.-]+://', os.fspath(path)):
         raise ConversionError(f'{os.fspath(path)!r} is an address, not a file: download it, and give its path.')
-    return _read(Path(path).expanduser())
+    try:
+        return _read(Path(path).expanduser())
+    except FileNotFoundError as error:
+        name = os.fspath(path)
+        if re.fullmatch(r'[\w.-]+/[\w.-]+', name) and not Path(name).parent.exists():
+            advice = f'if that is a repository of the Hugging Face hub: `hf download {name}`, and give what it prints'
+        elif name == '-':
+            advice = 'standard input is not read: write it to a file, and give its path'
+        else:
+            raise
+        raise FileNotFoundError(errno.ENOENT, f'no such file or folder; {advice}', name) from error
 
 
 def read_beside(checkpoint: Checkpoint) -> dict[str, Any]:

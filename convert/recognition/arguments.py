@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from convert.architectures.architecture import Field, one_or_pair
-from convert.errors import ConversionError
+from convert.errors import ConversionError, printable
 from convert.recognition.fields import resolve
 from convert.recognition.layouts import MOST_LINES, Fit
 from flax_vit.layers import COMPUTATION, pair
@@ -110,7 +110,8 @@ def groups(tree: Mapping[Any, Any], names: list[str]) -> Iterator[Arguments]:
         for beginning, values in by_beginning.items():
             if not beginning or beginning[-1] in './' or len(values) > AGREE:
                 place = [*path, *beginning.strip('._/').replace('/', '.').split('.')]
-                yield Arguments('.'.join(filter(None, place)) or 'the source', values, not WORDS.isdisjoint(place))
+                where = printable('.'.join(filter(None, place))) or 'the source'
+                yield Arguments(where, values, not WORDS.isdisjoint(place))
 
 
 def ends_in(key: Any, name: str) -> bool:

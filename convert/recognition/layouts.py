@@ -113,13 +113,14 @@ class Fit:
         for common, group in alike.items():
             lines += [f'{common} (each block #)'] if len(group) == self.depth > 1 else group
         more = [f'  ... and {len(lines) - MOST_LINES} more'] if len(lines) > MOST_LINES else []
-        return '\n'.join(line[:200] for line in lines[:MOST_LINES] + more)
+        return '\n'.join(line[:MOST_LETTERS] for line in lines[:MOST_LINES] + more)
 
     @property
     def advice(self) -> str:
         """What to do about names that are missing or left over, or have another shape, where that can be told."""
         head = _head(self.layout)
-        strangers = {name.partition('.')[0] for name in self.different if not _is_part(name, head)}
+        strangers = sorted({name.partition('.')[0] for name in self.different if not _is_part(name, head)})
+        named = ', '.join(name[:MOST_LETTERS] for name in strangers[:MOST_LINES])
         if not strangers:
             cut_off = self.different == {name for name in self.names if _is_part(name, head)}
             is_there = 'missing: num_classes=0' if cut_off else 'another one: num_classes=0 leaves it out and'
@@ -128,7 +129,7 @@ class Fit:
         if all(name in extra or _is_part(name, head) for name in self.different):
             headless = f' {head} is missing or another one: give num_classes=0 as well, for the pooled features.'
             return (
-                f'All of the model is here, and more: {", ".join(sorted(strangers))}. If that is no part of what it '
+                f'All of the model is here, and more: {named}. If that is no part of what it '
                 'computes (a new head, a loss), take it out of the state dict and convert the rest.'
                 f'{headless if self.different - extra else ""}'
             )
@@ -136,6 +137,7 @@ class Fit:
 
 
 MOST_LINES = 24
+MOST_LETTERS = 200  # of a line, or a name in it
 MOST_BLOCKS = 1000
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from convert.architectures import ARCHITECTURES, transformers
 from convert.architectures.architecture import IDENTITY, Architecture, class_name, first_attention, full_name
 from convert.errors import ConversionError, ConversionWarning
+from convert.recognition.rewritten import refusal_of
 
 # Modules that compute what the one inside them computes, and where it is.
 WRAPPERS = {
@@ -97,6 +98,8 @@ def check_parts(module: Any) -> None:
     what = f'a {class_name(module)}'
     for name in [*found, *expected.keys() - found.keys()]:
         if found.get(name) != expected.get(name):
+            if reason := refusal_of(module.state_dict()):
+                raise ConversionError(reason)
             is_there = f'{name} is a {found[name]}' if name in found else f'{name} is missing'
             should = f'{what} has a {expected[name]} there' if name in expected else f'{what} has no such part'
             advice = f' With {head} = torch.nn.Identity(), the rest converts.' if name.partition('.')[0] == head else ''

@@ -17,7 +17,7 @@ import numpy as np
 
 from convert.architectures import architecture_of, layouts_of_all, model_names
 from convert.architectures.architecture import Layout
-from convert.errors import ConversionError
+from convert.errors import ConversionError, printable
 from convert.files.pickle_reader import Foreign
 from convert.files.tensors import words_for
 from convert.files.zip_directory import quote
@@ -229,7 +229,9 @@ def left_aside(leaves: Iterable[Item], model: Candidate, used: Iterable[str]) ->
             groups[group].append(leaf.value)
             if isinstance(leaf.value, np.ndarray):
                 tensors[group]['.'.join(path[shared:])] = leaf.value
-    return {group: describe(values) + warning_of(tensors[group]) for group, values in groups.items()}
+    return {
+        printable(group): printable(describe(values) + warning_of(tensors[group])) for group, values in groups.items()
+    }
 
 
 def describe(values: list[Any]) -> str:

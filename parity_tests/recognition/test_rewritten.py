@@ -116,3 +116,28 @@ def test_another_head_and_another_size_by_the_advice(tmp_path: Any) -> None:
         save_pretrained(tmp_path / name, *convert.from_torch(module))
         with pytest.warns(PretrainedWarning):
             assert getattr(from_pretrained(tmp_path / name, **other)[0], name) == value
+
+
+@pytest.mark.parametrize(
+    ('change', 'advice'),
+    [
+        (parametrizations.weight_norm, 'remove_parametrizations'),
+        (parametrizations.orthogonal, 'remove_parametrizations'),
+        (lambda part: Adapted(part), 'merge_and_unload'),
+    ],
+)
+def test_a_live_module_is_told_what_undoes_it(change: Any, advice: str) -> None:
+    module: Any = SimpleViT(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=20, dim_head=8)
+    module.transformer.layers[0][0].to_out = change(module.transformer.layers[0][0].to_out)
+    with pytest.raises(convert.ConversionError, match=advice):
+        convert.inspect(module)
+
+
+class Adapted(torch.nn.Module):
+    """A layer with the names that peft gives."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.base_layer = layer
+        self.lora_A = torch.nn.ModuleDict({'default': torch.nn.Linear(layer.in_features, 2, bias=False)})
+        self.lora_B = torch.nn.ModuleDict({'default': torch.nn.Linear(2, layer.out_features, bias=False)})

@@ -818,3 +818,15 @@ def test_a_module_that_holds_two_names_both() -> None:
     wrapper.online_model, wrapper.ema_model = module('SimpleViT'), module('SimpleViT')
     with pytest.raises(ConversionError, match=r'It holds 2, .*\(.online_model.\), module.get_submodule\(.ema_model.\)'):
         convert.inspect(wrapper)
+
+
+def test_names_in_a_file_cannot_move_the_cursor(tmp_path: Path) -> None:
+    state_dict = module().state_dict()
+    save = {'model': state_dict, 'a\x1b[2J': torch.ones(2), 'config\x1b[2J': {'heads': 3, 'dim': 16, 'depth': 2}}
+    torch.save(save | {'note': 'b\x1b[2J'}, tmp_path / 'x.pt')
+    inspection = inspect(tmp_path / 'x.pt')
+    assert all(text.isprintable() for pair in inspection.unwrapped.left_aside.items() for text in pair)
+    assert all(field.why.isprintable() for field in inspection.fields.values())
+    assert refusal(state_dict | {'a\x1b[2J': torch.ones(2)}).replace('\n', '').isprintable()
+    many = {f'{"long" * 100}{number}.weight': torch.ones(1) for number in range(1000)}
+    assert len(refusal(state_dict | many)) < 10_000

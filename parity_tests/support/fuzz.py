@@ -270,7 +270,8 @@ class Watch:
 
     def __init__(self) -> None:
         self.on, self.seen = False, list[str]()
-        ''.encode('cp437')  # the one codec that zip files need beside UTF-8 is found before
+        for codec in ('cp437', 'raw_unicode_escape'):  # what zip files and pickles name beside UTF-8 is found before
+            ''.encode(codec)
         sys.addaudithook(self.note)
 
     def note(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -353,11 +354,8 @@ def attempt(path: Path, compare: bool = True) -> tuple[str, int, int]:
         return 'refused', work, peak
     for found in arrays_of(checkpoint.tree):
         assert not found.flags.writeable
-        assert found.nbytes <= (
-            UNPACKED
-            if 'npz' in checkpoint.format or 'compressed' in checkpoint.format
-            else max(path.stat().st_size, EXPANDED)
-        )
+        packed = 'npz' in checkpoint.format or 'compressed' in checkpoint.format
+        assert found.nbytes <= (UNPACKED if packed else max(path.stat().st_size, EXPANDED))
         found.tobytes()  # every byte is there: outside the file this would be a crash
     if compare:  # not for files that torch itself would never be done with
         check_with_library(path, checkpoint)
