@@ -13,6 +13,7 @@ import itertools
 import json
 import multiprocessing
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from rich.table import Table
 from ways import PRODUCTS, SIDE, SIZES, WAYS, Case, as_json, machine, on_gpu, work
 
 MODELS = ('SimpleViT', 'DeepViT')
+VIT_SIZES = ('S/16', 'B/16')  # ViT's, which computes what SimpleViT does, with a token and dropouts more
 
 
 def cases(*, quick: bool, gpu: bool) -> list[Case]:
@@ -39,12 +41,14 @@ def cases(*, quick: bool, gpu: bool) -> list[Case]:
     works = [('float32', True), ('bfloat16', False), ('bfloat16', True), *([('float16', False)] if gpu else [])]
     for (dtype, training), model, (size, batch) in itertools.product(works, MODELS, largest.items()):
         chosen.append(Case(model, size, batch, dtype, training))
-    return chosen
+    return chosen + [
+        replace(case, model='ViT') for case in chosen if case.model == MODELS[0] and case.size in VIT_SIZES
+    ]
 
 
 def measure(case: Case, rounds: int, side: int) -> dict[str, Any]:
     """Every way of a case in turn; seconds, ratios to eager PyTorch's, share of the ceiling, compilation, memory."""
-    names = [name for name in WAYS if name != 'fused attention' or case.model == 'SimpleViT']
+    names = [name for name in WAYS if name != 'fused attention' or case.model != 'DeepViT']
     context = multiprocessing.get_context('spawn')
     pipes, prepared, processes = {}, {}, []
     seconds: dict[str, list[float]] = {name: [] for name in (*names, *PRODUCTS)}

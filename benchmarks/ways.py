@@ -37,7 +37,7 @@ os.environ |= {
 class Case:
     """What is run."""
 
-    model: str  # SimpleViT, DeepViT
+    model: str  # SimpleViT, DeepViT, ViT
     size: str
     batch: int
     dtype: str
@@ -54,7 +54,7 @@ class Case:
         dim, heads, patch = size['dim'], size['heads'], size['patch_size']
         deep = self.model == 'DeepViT'
         patches = (size['image_size'] // patch) ** 2
-        tokens = patches + deep
+        tokens = patches + (self.model != 'SimpleViT')
         inner_dim = 64 * heads
         linear = tokens * dim * (4 * inner_dim + 2 * size['mlp_dim'])
         attention = tokens**2 * (2 * inner_dim + deep * heads**2)
@@ -65,14 +65,13 @@ class Case:
 def torch_module(case: Case) -> Any:
     """vit-pytorch's module and the images (batch, channels, height, width), on the GPU if there is one."""
     import torch
-    import vit_pytorch.deepvit
-    import vit_pytorch.simple_vit
+    from vit_pytorch import deepvit, simple_vit, vit
 
     torch.manual_seed(0)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    package = vit_pytorch.deepvit if case.model == 'DeepViT' else vit_pytorch.simple_vit
+    models = {'SimpleViT': simple_vit.SimpleViT, 'DeepViT': deepvit.DeepViT, 'ViT': vit.ViT}
     dtype = getattr(torch, case.dtype)
-    module = getattr(package, case.model)(num_classes=CLASSES, **SIZES[case.size]).to(device, dtype)
+    module = models[case.model](num_classes=CLASSES, **SIZES[case.size]).to(device, dtype)
     side = SIZES[case.size]['image_size']
     return module, torch.randn(case.batch, 3, side, side, device=device, dtype=dtype)
 
@@ -121,7 +120,7 @@ def compiled(case: Case) -> Callable[[], None]:
 
 
 def fused(case: Case) -> Callable[[], None]:
-    """PyTorch with its fused attention, which can replace SimpleViT's; re-attention needs the maps."""
+    """PyTorch with its fused attention, which can replace all but DeepViT's: re-attention needs the maps."""
     import torch
     from einops import rearrange
 
