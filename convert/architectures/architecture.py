@@ -159,6 +159,7 @@ class Architecture:
     }
     assumed: frozenset[str] = frozenset()  # fields that no weights tell, and vit-pytorch has a default for
     tables: Mapping[str, str] = {}  # tensors that are computed, and may be in a checkpoint: what each is
+    blocks: str = 'transformer.layers'  # PyTorch's name of their list, of pairs of attention and feed-forward
     attention_maps: tuple[AttentionMap, ...] = ()
     way: type[Way] | None = None  # its parts in numpy, to tell causes; None: no cause is known
 
@@ -259,12 +260,18 @@ class Architecture:
         """PyTorch's Transformer of today, changed where `model` computes what an older release did."""
         return transformer
 
+    def block_parts(self, block: int) -> dict[str, str]:
+        """Those of one block."""
+        return {
+            f'{self.blocks}.{block}.0': f'block {block} attention',
+            f'{self.blocks}.{block}.1': f'block {block} feed-forward',
+        }
+
     def parts(self, model: Any) -> dict[str, str]:
         """What is compared, in the order of the computation: PyTorch's names of modules, and what they are."""
         parts = {f'to_patch_embedding.{3 if getattr(model, "patch_norm", True) else 1}': 'patch embedding'}
         for block in range(model.depth):
-            parts[f'transformer.layers.{block}.0'] = f'block {block} attention'
-            parts[f'transformer.layers.{block}.1'] = f'block {block} feed-forward'
+            parts |= self.block_parts(block)
         return parts | {'to_latent': 'pooled features', '': 'logits' if model.num_classes else 'features'}
 
     def table(self, model: Any) -> tuple[float, float] | None:

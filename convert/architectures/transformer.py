@@ -24,6 +24,7 @@ class TransformerLayout(Layout):
 class TransformerArchitecture(Architecture):
     """The Transformer of `whole`, whose Flax model makes its own by `transformer_alone`."""
 
+    blocks = 'layers'
     SIZES = frozenset({'dim', 'mlp_dim', 'heads', 'heads x dim_head'})
 
     def __init__(self, whole: Architecture) -> None:
@@ -32,6 +33,7 @@ class TransformerArchitecture(Architecture):
         self.torch_classes = (f'{whole.torch_classes[0].rpartition(".")[0]}.Transformer',)
         self.axes = tuple(axis for axis in whole.axes if axis.quantity in self.SIZES)
         self.probe = {name: whole.probe[name] for name in ('dim', 'mlp_dim', 'heads', 'dim_head')}
+        self.attention_maps = whole.attention_maps
         self.assumed = whole.assumed & self.own_fields().keys()
         self.layouts = tuple(map(self.layout_alone, whole.layouts))
 
@@ -101,8 +103,7 @@ class TransformerArchitecture(Architecture):
         return self.whole.changed(module, model)
 
     def parts(self, model: Any) -> dict[str, str]:
-        parts = {}
+        parts: dict[str, str] = {}
         for block in range(model.depth):
-            parts[f'layers.{block}.0'] = f'block {block} attention'
-            parts[f'layers.{block}.1'] = f'block {block} feed-forward'
+            parts |= self.block_parts(block)
         return parts | {'': 'tokens'}

@@ -76,7 +76,8 @@ def show_report(report: Report) -> None:
     if report.table is not None:
         difference, limit = report.table
         out.print(f"sincos table: at most {difference:.1e} from PyTorch's own on this machine (limit {limit:.1e})")
-    out.print(f'same prediction in {report.dtype}: {report.agreement:.2%} of {report.images} images')
+    if report.classifies:
+        out.print(f'same prediction in {report.dtype}: {report.agreement:.2%} of {report.images} images')
     out.print(verdict(report.right, report.verdict))
     for cause in report.causes:
         out.print(escape(f'  {cause}'))

@@ -56,6 +56,11 @@ class Report:
         return f'{text}. All relative to the size of what is compared.'
 
     @property
+    def classifies(self) -> bool:
+        """Whether the outputs are logits, of which the largest is the prediction."""
+        return bool(getattr(self.inspection.model, 'num_classes', 0))
+
+    @property
     def table_right(self) -> bool:
         return self.table is None or self.table[0] <= self.table[1]
 
@@ -330,12 +335,14 @@ def attention_maps(torch: TorchSide, flax: FlaxSide, image: np.ndarray) -> dict[
 
     `image`: (1, height, width, channels).
     """
-    depth = flax.model.depth
+    depth, architecture = flax.model.depth, architecture_of(flax.model)
     maps = {
-        f'block {block}{kind.words}': (f'transformer.layers.{block}.0.', kind)
+        f'block {block}{kind.words}': (f'{architecture.blocks}.{block}.0.', kind)
         for block in sorted({0, depth // 2, depth - 1})
-        for kind in architecture_of(flax.model).attention_maps
+        for kind in architecture.attention_maps
     }
+    if not maps:
+        return {}
     theirs = torch.outputs('float64', image, [part + kind.torch for part, kind in maps.values()])
     whole = FlaxSide(flax.model.clone(query_chunk_size=None), flax.variables)  # for maps that are held at once
     ours = whole.outputs('float64', image, [part + kind.flax for part, kind in maps.values()])

@@ -95,7 +95,7 @@ def figures_of(
     source = provenance(inspection)
     first = None if report.right else report.first.label if report.first else 'the sincos table'
     truth, theirs, _, ours = report.logits
-    head = inspection.model.num_classes != 0
+    head = report.classifies
     return {
         'format': FORMAT,
         'time': datetime.now(UTC).isoformat(timespec='seconds'),

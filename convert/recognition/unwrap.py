@@ -278,20 +278,21 @@ def refusal(leaves: list[Item], found: list[Candidate], alone: Sequence[Candidat
             "    checkpoint = torch.load('x.pt', map_location='cpu', weights_only=False)\n"
             f"    pathlib.Path('inner.pt').write_bytes(checkpoint{keys})"
         )
+    hint = f"\nA Transformer is complete here; part='transformer' converts it alone, for tokens. {_list(alone)}"
+    hint = hint if alone else ''
     best = nearest(found) if found else None
     if best and (reason := relative({name: tensor.shape for name, tensor in best.tensors.items()})):
-        return reason
+        return reason + hint
     if best and (reason := refusal_of(best.tensors)):
         return reason
     if not (best and best.fit.advice) and (reason := relative(shapes)):
-        return reason
+        return reason + hint
     if not best and (reason := refusal_of(shapes)):
         return reason
-    hint = f"\nA Transformer is complete here; part='transformer' converts it alone, for tokens. {_list(alone)}"
     if not best:
-        return f'This is no {model_names()} of vit-pytorch. {_contents(leaves)}{hint if alone else ""}'
+        return f'This is no {model_names()} of vit-pytorch. {_contents(leaves)}{hint}'
     where = f' at {best.place.key!r}' if best.place.key else ''
-    advice = f'\n{best.fit.advice}' if best.fit.advice else hint if alone else ''
+    advice = f'\n{best.fit.advice}' if best.fit.advice else hint
     return f'No layout fits. The nearest is {best.fit.layout}{where}; the difference:\n{best.fit.difference}{advice}'
 
 

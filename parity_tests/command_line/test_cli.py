@@ -23,6 +23,7 @@ import convert.command_line.demo
 from convert.command_line.cli import cli, main
 from convert.conversion import place
 from flax_vit import DeepViT, from_pretrained, save_pretrained
+from parity_tests.support.reference import perturbed
 
 DIGITS = pathlib.Path(__file__).parents[2] / 'examples' / 'digits'
 FIELDS = ['--image-size', '8', '--patch-size', '4', '--heads', '3']
@@ -460,3 +461,26 @@ def test_saved_outputs_catch_wrong_heads(flax_vit: Run) -> None:
     assert (figures['right'], figures['causes']) == (False, ['matches if heads=3 instead of 4'])
     assert flax_vit('convert', 'simple_vit.pt', 'out', *wrong)[0] == 0
     assert flax_vit('verify', 'out', '--reference', 'outputs.npz')[0] == 1
+
+
+def test_a_transformer_alone(flax_vit: Run, tmp_path: pathlib.Path) -> None:
+    """Out of a model of one's own: told, converted with its proof, proven again, drawn, and written back."""
+    alone = perturbed(simple_vit.Transformer(dim=12, depth=2, heads=2, dim_head=5, mlp_dim=16))
+    model = torch.nn.ModuleDict({'encoder': alone, 'head': torch.nn.Linear(12, 3)})
+    torch.save(model.state_dict(), tmp_path / 'own.pt')
+    code, _, error = flax_vit('inspect', 'own.pt')
+    assert code == 2
+    assert "part='transformer' converts it alone" in error
+    part = ('--part', 'transformer', '--heads', '2')
+    code, out, _ = flax_vit('convert', 'own.pt', 'folder', *part, '--verify')
+    assert code == 0
+    assert 'Transformer of the SimpleViT of vit-pytorch 1.4.1 and later' in out
+    assert 'same prediction' not in out
+    assert flax_vit('verify', 'folder')[0] == 0
+    assert flax_vit('verify', 'own.pt', 'folder', *part, '--report', 'page.html')[0] == 0
+    assert 'block 1 attention' in (tmp_path / 'page.html').read_text()
+    code, _, error = flax_vit('serve-export', 'folder', 'program.npz')
+    assert (code, 'no program of images' in error) == (2, True)
+    assert flax_vit('export', 'folder', 'back.pt')[0] == 0
+    back = torch.load(tmp_path / 'back.pt', weights_only=True)
+    alone.load_state_dict(back.get('state_dict', back))
