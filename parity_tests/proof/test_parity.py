@@ -62,9 +62,9 @@ def test_gradients_in_float64(name: str, float64: None) -> None:
     check(gradient_errors(module, model, variables, random_images(CONFIGURATIONS[name])), GRADIENT_BOUND)
 
 
-@pytest.mark.parametrize('seed', range(8))
-def test_configurations_drawn_at_random(seed: int, float64: None) -> None:
-    configuration = random_configuration(seed)
+@pytest.mark.parametrize(('seed', 'vit'), [*((seed, False) for seed in range(8)), *((seed, True) for seed in range(3))])
+def test_configurations_drawn_at_random(seed: int, vit: bool, float64: None) -> None:
+    configuration = random_configuration(seed, vit=vit)
     module, model, variables = converted(configuration, seed=seed)
     images = random_images(configuration, seed)
     check(output_errors(module, model, variables, images), FLOAT64_BOUND)
