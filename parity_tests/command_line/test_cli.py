@@ -283,11 +283,11 @@ def test_without_torch_it_says_what_to_install(flax_vit: Run, monkeypatch: pytes
     assert flax_vit('export', 'out', 'x.safetensors')[0] == 0
 
 
-def test_the_demo_proves_both_models(flax_vit: Run) -> None:
+def test_the_demo_proves_every_model(flax_vit: Run) -> None:
     status, printed, _ = flax_vit('demo')
     assert status == 0
-    assert printed.count('RIGHT: the Flax model computes what PyTorch does') == 2
-    assert printed.count('same prediction in float32: 100.00% of 360 images') == 2
+    assert printed.count('RIGHT: the Flax model computes what PyTorch does') == 3
+    assert printed.count('same prediction in float32: 100.00% of 360 images') == 3
     assert 'flax-vit inspect CHECKPOINT' in printed
 
 
@@ -299,7 +299,7 @@ def test_the_demo_fails_when_the_port_is_wrong(flax_vit: Run, monkeypatch: pytes
 
     monkeypatch.setattr(convert.command_line.demo, 'place', misplace)
     status, printed, _ = flax_vit('demo')
-    assert (status, printed.count('WRONG: the Flax model does not compute what PyTorch does.')) == (1, 2)
+    assert (status, printed.count('WRONG: the Flax model does not compute what PyTorch does.')) == (1, 3)
 
 
 def test_the_shipped_digits_models_are_95_percent_right() -> None:

@@ -23,7 +23,9 @@ from parity_tests.support.reference import (
     rounding_error,
 )
 
+MODELS = ('DeepViT', 'SimpleViT', 'ViT')
 ALL = [*CONFIGURATIONS.values(), *map(random_configuration, range(8))]
+ALL += [random_configuration(seed, vit=True) for seed in range(3)]
 TABLE = list(CONFIGURATIONS.values())
 
 
@@ -55,10 +57,10 @@ FIGURES: dict[str, tuple[Callable[[Configuration], float], list[Configuration], 
 }
 
 if __name__ == '__main__':
-    table = Table('the largest', 'DeepViT', 'SimpleViT')
+    table = Table('the largest', *MODELS)
     for label, (measure, configurations, form) in FIGURES.items():
         with jax.enable_x64('float64' in label):
             measured = [(each.architecture, measure(each)) for each in track(configurations, label, transient=True)]
-        worst = [max(error for name, error in measured if name == model) for model in ('DeepViT', 'SimpleViT')]
+        worst = [max(error for name, error in measured if name == model) for model in MODELS]
         table.add_row(label, *(format(error, form) for error in worst))
     Console().print(table)

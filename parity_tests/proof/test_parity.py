@@ -62,9 +62,9 @@ def test_gradients_in_float64(name: str, float64: None) -> None:
     check(gradient_errors(module, model, variables, random_images(CONFIGURATIONS[name])), GRADIENT_BOUND)
 
 
-@pytest.mark.parametrize('seed', range(8))
-def test_configurations_drawn_at_random(seed: int, float64: None) -> None:
-    configuration = random_configuration(seed)
+@pytest.mark.parametrize(('seed', 'vit'), [*((seed, False) for seed in range(8)), *((seed, True) for seed in range(3))])
+def test_configurations_drawn_at_random(seed: int, vit: bool, float64: None) -> None:
+    configuration = random_configuration(seed, vit=vit)
     module, model, variables = converted(configuration, seed=seed)
     images = random_images(configuration, seed)
     check(output_errors(module, model, variables, images), FLOAT64_BOUND)
@@ -188,12 +188,12 @@ def test_weights_go_there_and_back_bit_for_bit(name: str, dtype: torch.dtype, fl
 
 
 def dropping(name: str, **rates: float) -> Configuration:
-    """A DeepViT of the table with dropout."""
+    """A model of the table with dropout."""
     configuration = CONFIGURATIONS[name]
     return replace(configuration, fields={**configuration.fields, **rates})
 
 
-@pytest.mark.parametrize('name', ['deep-plain', 'deep-mean'])
+@pytest.mark.parametrize('name', ['deep-plain', 'deep-mean', 'vit-plain', 'vit-one-head-of-full-width'])
 def test_dropout_with_the_same_masks(name: str, float64: None) -> None:
     configuration = dropping(name, dropout=0.3, emb_dropout=0.2)
     module, model, variables = converted(configuration)
@@ -271,7 +271,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize('option', OPTIONS)
-@pytest.mark.parametrize('name', ['deep-mean', 'deep-smaller-oblong', 'simple-oblong-patches', 'simple-plain'])
+@pytest.mark.parametrize(
+    'name', ['deep-mean', 'deep-smaller-oblong', 'simple-oblong-patches', 'simple-plain', 'vit-oblong']
+)
 def test_options_change_no_number(name: str, option: str, float64: None) -> None:
     """The options say how a model is computed; converted weights run with every one of them."""
     configuration = CONFIGURATIONS[name]

@@ -28,7 +28,7 @@ from parity_tests.support.reference import (
 # a gradient's rounding (1e-16 where many cancel) moves it by 1e-8 of that at the most; the learning rate is 1e-3.
 BOUND = 1e-11
 
-TRAINED = ['deep-plain', 'deep-mean', 'simple-plain', 'simple-oblong-patches']
+TRAINED = ['deep-plain', 'deep-mean', 'simple-plain', 'simple-oblong-patches', 'vit-plain']
 OPTIMIZERS: dict[str, tuple[Callable[..., torch.optim.Optimizer], optax.GradientTransformation]] = {
     'AdamW': (
         lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.05),

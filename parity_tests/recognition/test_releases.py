@@ -15,7 +15,7 @@ import torch
 
 import convert
 from convert import ConversionError
-from parity_tests.golden.make import FIELDS_OF, architecture, download, random_images, reference
+from parity_tests.golden.make import FIELDS_OF, architecture, arguments_of, download, random_images, reference
 from parity_tests.support.reference import FLOAT64_BOUND, perturbed, relative_error
 
 pytestmark = pytest.mark.releases
@@ -29,6 +29,20 @@ DEEP: dict[str, list[str | None]] = {
     'D0': ['0.9.0', '0.29.1', '0.30.0', '0.40.2'],
     'D1': ['1.0.0', '1.4.2'],
     'D2': ['1.4.3', None],
+}
+# The edges of each layout's range, with the mean and, where it is another function, with the class token.
+VITS: dict[str, list[str | None]] = {
+    'V0a': ['0.2.0'],
+    'V0b': ['0.2.1'],
+    'V0': ['0.2.2', '0.2.7'],
+    'V1': ['0.3.0', '0.4.0', '0.6.6'],
+    'V2': ['0.6.7', '0.6.8'],
+    'V3': ['0.7.4', '0.9.3'],
+    'V4': ['0.10.1', '0.17.3', '0.40.2'],
+    'V5': ['1.0.0', '1.2.9'],
+    'V6': ['1.4.0', '1.15.7', '1.16.0'],
+    'V7': ['1.16.0'],
+    'V8': ['1.16.1', '1.19.4', None],
 }
 RELEASES = [
     (model, layout, version)
@@ -87,6 +101,46 @@ def test_a_release_loads_what_is_written_for_it(wanted: str, version: str | None
     other.load_state_dict({name: torch.tensor(array) for name, array in written.items()})
     images = random_images(FIELDS_OF['DeepViT'])
     assert np.array_equal(reference(other, images)['logits'], reference(newest, images)['logits'])
+
+
+@pytest.mark.parametrize(
+    ('layout', 'version', 'others'),
+    [
+        (layout, version, {'pool': pool, **wide})
+        for layout, versions in VITS.items()
+        for version in versions
+        for pool, wide in [('mean', {}), ('cls', {'heads': 1, 'dim_head': 8, 'image_size': 12})]
+        if (layout, version, pool) not in {('V6', '1.16.0', 'mean'), ('V7', '1.16.0', 'cls')}
+    ],
+)
+def test_a_release_of_vit(layout: str, version: str | None, others: dict[str, Any], wheels: Any, float64: None) -> None:
+    """Its state dict converts to what it computes, also of a smaller image, and comes back with every bit."""
+    arguments = arguments_of('ViT', version, **others)
+    if arguments['heads'] == 2 and others.get('heads'):  # before dim_head
+        arguments['heads'] = 1
+    module = perturbed(architecture(wheels(version), 'ViT')(**arguments)).double()
+    state_dict = module.state_dict()
+    told = {name: arguments[name] for name in ('image_size', 'channels', 'heads')}
+    told |= {
+        name: arguments.get(name, usual) for name, usual in [('dropout', 0.0), ('emb_dropout', 0.0), ('pool', 'cls')]
+    }
+    if version:
+        told['release'] = version
+    assert convert.inspect(state_dict, **told).layout.id == layout
+    port, variables = convert.from_torch(state_dict, **told)
+    written = convert.to_torch(port, variables, layout=layout)
+    assert {name: array.tobytes() for name, array in written.items()} == {
+        name: tensor.numpy().tobytes() for name, tensor in state_dict.items()
+    }
+    images = random_images(arguments)
+    small = [images] if layout in ('V0a', 'V0b', 'V0', 'V7') else [images, images[:, :, :4, :-2]]
+    for each in small:  # the earliest releases, and by mistake 1.16.0, take no smaller ones
+        assert relative_error(jax.jit(port.apply)(variables, each), reference(module, each)['logits']) <= FLOAT64_BOUND
+    newest = convert.to_torch(port, variables)
+    if convert.inspect(newest, **{k: v for k, v in told.items() if k != 'release'}).layout.id == 'V8':
+        today = architecture(wheels(None), 'ViT')(**arguments_of('ViT', None, **others)).double().eval()
+        today.load_state_dict({name: torch.tensor(array) for name, array in newest.items()})
+        assert np.array_equal(reference(today, images)['logits'], reference(module, images)['logits'])
 
 
 def test_1_4_0_is_refused(wheels: Any) -> None:

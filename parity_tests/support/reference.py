@@ -135,8 +135,11 @@ CONFIGURATIONS = {
 }  # fmt: skip
 
 
-def random_configuration(seed: int) -> Configuration:
-    """Any configuration that vit-pytorch takes, of up to about a million multiplications per image."""
+def random_configuration(seed: int, *, vit: bool = False) -> Configuration:
+    """Any configuration that vit-pytorch takes, of a ViT or of one of the others.
+
+    Of up to about a million multiplications per image.
+    """
     generator = np.random.default_rng(seed)
 
     def draw(low: int, high: int) -> int:
@@ -151,21 +154,20 @@ def random_configuration(seed: int) -> Configuration:
         'channels': draw(1, 4),
         'dim_head': draw(1, 20),
     }
-    kind = str(generator.choice(['DeepViT', 'SimpleViT', 'ViT']))
-    if kind == 'DeepViT':
+    if not vit and generator.random() < 0.5:
         patch, side = draw(1, 6), draw(2, 5)
         height = draw(1, side**2)
         width = draw(1, side**2 // height)
         pool = str(generator.choice(['cls', 'mean']))
         fields |= {'image_size': patch * side, 'patch_size': patch, 'pool': pool}
-        return Configuration(kind, fields, (patch * height, patch * width), batch=draw(1, 3))
+        return Configuration('DeepViT', fields, (patch * height, patch * width), batch=draw(1, 3))
     patches, grid = (draw(1, 6), draw(1, 6)), (draw(1, 5), draw(1, 5))
     image = (patches[0] * grid[0], patches[1] * grid[1])
     fields |= {'image_size': image, 'patch_size': patches}
-    if kind == 'ViT':
+    if vit:
         full_width = {'heads': 1, 'dim_head': fields['dim']} if generator.random() < 0.5 else {}
         fields |= {'pool': str(generator.choice(['cls', 'mean'])), **full_width}
-    return Configuration(kind, fields, image, batch=draw(1, 3))
+    return Configuration('ViT' if vit else 'SimpleViT', fields, image, batch=draw(1, 3))
 
 
 def perturbed(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
