@@ -8,6 +8,7 @@ from convert.files.arrays import JSON_BYTES, read_json
 from convert.files.other_files import refuse_parts
 from convert.files.zip_directory import quote
 
+MOST_NAMES = 20  # that a message lists
 _SUFFIXES = (
     ('.pt', '.pth', '.bin', '.ckpt', '.t7', '.tar', '.safetensors', '.npz', '.index.json'),
     ('.pt2', '.pkl', '.pickle', '.joblib', '.gz', '.zip'),  # looked for where there are none of the others
@@ -31,8 +32,9 @@ def only_checkpoint(folder: Path) -> Path:
             refuse_parts((path.name for path in inner.iterdir()), str(inner))
         held = sorted(path.name for path in folder.iterdir())
         raise ConversionError(f'a folder without a checkpoint, also one level down: it holds {quote(held)}')
+    more = f' and {len(found) - MOST_NAMES} more' if len(found) > MOST_NAMES else ''
     names = sorted(str(path.relative_to(folder)) for path in found)
-    raise ConversionError(f'a folder of {len(found)} checkpoints, give the one to convert: {quote_all(names)}')
+    raise ConversionError(f'a folder of {len(found)} checkpoints, give the one to convert: {names[:MOST_NAMES]}{more}')
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -48,12 +50,6 @@ def _checkpoints(folder: Path) -> list[Path]:
         if found:
             return [folder / name for name in found]
     return []
-
-
-def quote_all(names: list[str]) -> str:
-    """Up to twenty of them."""
-    more = f' and {len(names) - 20} more' if len(names) > 20 else ''
-    return f'{names[:20]}{more}'
 
 
 def beside(index: Path, name: str) -> Path:

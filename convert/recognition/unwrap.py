@@ -8,8 +8,9 @@ import hashlib
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -193,21 +194,34 @@ def _is_at(place: Place, key: str) -> bool:
 
 
 def distinct(found: Iterable[Candidate]) -> list[Candidate]:
-    """One of each group of equal candidates, the shortest address first."""
-    different: dict[bytes, Candidate] = {}
-    for candidate in sorted(found, key=lambda candidate: len(candidate.place.address)):
-        different.setdefault(fingerprint(candidate), candidate)
-    return list(different.values())
+    """One of each group of equal candidates, bit for bit (so that NaN equals itself), the shortest address first.
+
+    Tensor by tensor, the smallest first: those that differ are soon parted, and the large ones of them are not read.
+    """
+    ordered = sorted(found, key=lambda candidate: len(candidate.place.address))
+    different: list[Candidate] = []
+    for alike in parted(ordered, lambda candidate: (candidate.fit.layout.id, *sorted(candidate.fit.expected.items()))):
+        groups, tensors = [alike], alike[0].tensors
+        for name in sorted(alike[0].fit.names, key=lambda name: tensors[name].nbytes):
+            groups = [part for group in groups for part in parted(group, partial(fingerprint, name))]
+        different += [group[0] for group in groups]
+    return [candidate for candidate in ordered if any(candidate is first for first in different)]
 
 
-def fingerprint(candidate: Candidate) -> bytes:
-    """The same for the same model, bit for bit (so that NaN equals itself), and for no other."""
-    digest = hashlib.sha256(candidate.fit.layout.id.encode())
-    for name in sorted(candidate.fit.names):
-        tensor = candidate.tensors[name]
-        digest.update(f'{name} {tensor.shape} {tensor.dtype} '.encode())
-        digest.update(tensor.tobytes())
-    return digest.digest()
+def parted(group: list[Candidate], by: Callable[[Candidate], Any]) -> list[list[Candidate]]:
+    """The group in groups of those that have the same in common."""
+    if len(group) == 1:
+        return [group]
+    parts: dict[Any, list[Candidate]] = defaultdict(list)
+    for candidate in group:
+        parts[by(candidate)].append(candidate)
+    return list(parts.values())
+
+
+def fingerprint(name: str, candidate: Candidate) -> tuple[str, bytes]:
+    """The same for the same tensor, and for no other of its shape."""
+    tensor = candidate.tensors[name]
+    return str(tensor.dtype), hashlib.sha256(tensor.tobytes()).digest()
 
 
 def left_aside(leaves: Iterable[Item], model: Candidate, used: Iterable[str]) -> dict[str, str]:
