@@ -771,7 +771,7 @@ REPLACED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     'a weight norm': (
         lambda inner: torch.nn.utils.parametrizations.weight_norm(inner.linear_head),
-        r'linear_head is a torch.*ParametrizedLinear, but',
+        r'parametrised weights here .linear_head.parametrizations',
     ),
     'another table': (
         lambda inner: inner.pos_embedding.mul_(2),
