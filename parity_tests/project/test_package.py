@@ -27,6 +27,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: pathlib.Path) -> 
         'flax_vit/py.typed',
         'convert/py.typed',
         'convert/digits/simple_vit.pt',
+        'convert/digits/vit.pt',
         'convert/proof/report.html.j2',
     } <= set(names)
 
@@ -44,6 +45,7 @@ def test_it_converts_without_torch(wheel: pathlib.Path, tmp_path: pathlib.Path) 
         (digits / 'simple_vit.pt', ['--image-size', '8', '--patch-size', '4', '--heads', '3']),
         (digits / 'simple_vit.safetensors', ['--image-size', '8', '--patch-size', '4', '--heads', '3']),
         (digits / 'deep_vit.pt', ['--channels', '1']),
+        (digits / 'vit.pt', ['--channels', '1', '--heads', '2']),
         (digits / 'deep_vit.safetensors', ['--channels', '1']),
     ):
         folder = tmp_path / source.name
