@@ -40,7 +40,7 @@ from parity_tests.support.small_models import assert_equal, variables_of
 SIZES: Any = {'image_size': 16, 'patch_size': 4, 'dim': 32, 'depth': 1, 'heads': 4, 'dim_head': 8, 'mlp_dim': 64}
 SIZES |= {'num_classes': 12, 'param_dtype': np.dtype('float64')}
 MODELS = {'simple': SimpleViT(**SIZES), 'deep': DeepViT(**SIZES), 'vit': ViT(**SIZES)}
-HEADS = {'simple': 'linear_head', 'deep': 'mlp_head_1'}
+HEADS = {'simple': 'linear_head', 'deep': 'mlp_head_1', 'vit': 'mlp_head'}
 SCRIPT = ROOT / 'parity_tests' / 'support' / 'on_devices.py'
 
 
