@@ -127,7 +127,7 @@ def test_numpy_images(name: str) -> None:
 
 
 @pytest.mark.parametrize('model_class', [DeepViT, SimpleViT, ViT])
-def test_where_both_orders_fit_the_channels_are_last(model_class: Any, float64: None) -> None:
+def test_where_both_orders_fit_the_channels_are_last_unless_told(model_class: Any, float64: None) -> None:
     fields: dict[str, Any] = {
         'image_size': 4,
         'patch_size': 2,
@@ -141,9 +141,14 @@ def test_where_both_orders_fit_the_channels_are_last(model_class: Any, float64: 
     model, variables = convert.from_torch(module)
     images = np.random.default_rng(0).standard_normal((2, 4, 4, 4))
     truth = to_numpy(module.eval()(channels_first(images)))
+    turned = images.transpose(0, 3, 1, 2)
+    near = 1e-6  # the sincos table is PyTorch's own
+    for known, given in (('channels_last', images), ('channels_first', turned)):
+        assert relative_error(jax.jit(model.clone(image_format=known).apply)(variables, given), truth) <= near
     apply = jax.jit(model.apply)
-    assert relative_error(apply(variables, images), truth) <= 1e-6  # the sincos table is PyTorch's own
-    assert relative_error(apply(variables, images.transpose(0, 3, 1, 2)), truth) > 1e-2
+    with pytest.warns(UserWarning, match="image_format='channels_first' or 'channels_last' settles it"):
+        assert relative_error(apply(variables, images), truth) <= near
+    assert relative_error(apply(variables, turned), truth) > 1e-2  # compiled, it warns no more
 
 
 @pytest.mark.parametrize(
