@@ -7,6 +7,7 @@ the few calls that matter would give. Every instruction takes time and memory in
 
 import math
 import pickletools
+import warnings
 from dataclasses import dataclass, field
 from mmap import mmap
 from typing import Any
@@ -80,8 +81,12 @@ def read_pickle(data: Data, start: int = 0, end: int | None = None) -> tuple[Any
 
     Raises: ConversionError, ValueError, LookupError, OverflowError.
     """
-    stream = _Stream(data, start, len(data) if end is None else end)
-    most = most_instructions(len(data))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)  # of strings that escape what needs no escape
+        return _described(_Stream(data, start, len(data) if end is None else end), most_instructions(len(data)))
+
+
+def _described(stream: _Stream, most: int) -> tuple[Any, int]:
     stack: list[Any] = []
     outer: list[list[Any]] = []  # the stacks that MARK has set aside
     memo: dict[int, Any] = {}
@@ -89,7 +94,9 @@ def read_pickle(data: Data, start: int = 0, end: int | None = None) -> tuple[Any
     items: list[Any] = []
     for step, (opcode, argument, _) in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
         if step == most:
-            raise ConversionError(f'its pickle has more than {most} instructions, too many for its {len(data)} bytes')
+            raise ConversionError(
+                f'its pickle has more than {most} instructions, too many for its {len(stream.data)} bytes'
+            )
         name = opcode.name
         if name in _TAKES:
             if (count := _TAKES[name]) is None:

@@ -27,8 +27,8 @@ from convert.files import zip_directory as zip_file
 from convert.files.checkpoint import Foreign, read
 from parity_tests.support.fuzz import MEMORY, Executed, archive, attempt, damaged_files, safetensors_file
 
-FILES = int(os.environ.get('FUZZ_FILES', '3000'))
-GROUPS = 6  # of files, each a test of its own, so that they run side by side
+FILES = int(os.environ.get('FUZZ_FILES', '600'))
+GROUPS = 3  # of files, each a test of its own, so that they run side by side
 
 # Hypothesis' files replace each other in one folder; each is written before it is read.
 write_over = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)

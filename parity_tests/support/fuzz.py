@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import pickle
 import pickletools
@@ -322,8 +323,11 @@ def attempt(path: Path, compare: bool = True) -> tuple[str, int, int]:
     """
     global _watch
     if _watch is None:
-        with contextlib.suppress(ConversionError):
-            inspect({'linear_head.weight': np.zeros((1, 1))})  # the layouts' names are traced once
+        # The layouts' names are traced once, for each thing that names and shapes may tell of the parameters.
+        for telling in itertools.product(('', 'transformer.layers.0.0.to_out.0.weight'), ('', 'cls_token'), (0, 1)):
+            *names, size = telling
+            with contextlib.suppress(ConversionError):
+                inspect({name: np.zeros((size, 1)) for name in ('transformer.norm.weight', *filter(None, names))})
         _watch = Watch()
     checkpoint, messages = None, []
     _watch.seen.clear()
