@@ -54,7 +54,7 @@ class ViTWay(Way):
 
     TO_OUT = 'to_out.0'
     SECOND_LINEAR = 'net.4'  # a Dropout is in between
-    POOLS: ClassVar[Mapping[str, str]] = {**Way.POOLS, 'cls': 'the first token, the class token if there is one'}
+    POOLS: ClassVar[Mapping[str, str]] = {**Way.POOLS, 'cls': 'the first token'}
 
     @classmethod
     def right(cls, model: Any, tensors: Mapping[str, np.ndarray]) -> 'ViTWay':
