@@ -126,7 +126,7 @@ class Way:
     def embedded(self, x: np.ndarray) -> np.ndarray:
         """The tokens with the class token and their positions."""
         if 'cls_token' in self.tensors:
-            tokens = [self.tensors['cls_token'].reshape(1, -1), x]
+            tokens = [self.tensors['cls_token'].reshape(-1, x.shape[1]), x]
             x = np.concatenate(tokens if self.class_token == 'first' else tokens[::-1])
         return x + self.tensors['pos_embedding'].reshape(-1, x.shape[1])[: len(x)]
 

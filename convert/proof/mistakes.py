@@ -139,10 +139,12 @@ def _mistakes_of_pooling(way: Way) -> Iterator[Mistake]:
             yield Mistake(f'if pooled by {called} instead of {way.POOLS[way.pool]}', {'pool': pool})
     if way.final_norm:
         yield Mistake('without the LayerNorm before pooling (it is in the head, or nowhere)', {'final_norm': None})
-        yield Mistake('with the LayerNorm after instead of before pooling', {'norm_when': 'after'})
+        if way.pool == 'mean':  # of one token it is the same
+            yield Mistake('with the LayerNorm after instead of before pooling', {'norm_when': 'after'})
     norm = f'{way.model.HEAD}.0'
     if f'{norm}.bias' in way.tensors:
-        yield Mistake(f'with the LayerNorm {norm} before pooling instead of in the head', {'final_norm': norm})
+        if way.pool == 'mean':
+            yield Mistake(f'with the LayerNorm {norm} before pooling instead of in the head', {'final_norm': norm})
         yield Mistake(
             f'with the LayerNorm {norm} already in the pooled features', {'final_norm': norm, 'norm_when': 'after'}
         )
