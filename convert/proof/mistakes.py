@@ -37,7 +37,7 @@ def mistakes(way: Way, part: str, tokens: int) -> Iterator[Mistake]:
     if part == 'transformer.layers.0.0':
         for words, table in way.position_mistakes().items():
             yield Mistake(words, tensors={'pos_embedding': table})
-        if 'cls_token' in way.tensors:
+        if 'cls_token' in way.tensors and way.tensors['cls_token'].size:
             yield Mistake('with the class token last instead of first', {'class_token': 'last'})
     elif part == 'to_latent' or part.startswith('transformer.layers'):
         yield Mistake('without the residual connection before it', {'left_out': frozenset({'residual'})})
