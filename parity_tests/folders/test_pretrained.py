@@ -482,7 +482,7 @@ def test_damage_is_noticed(tmp_path: pathlib.Path) -> None:
         {'fields': config['fields'] | {'heads': 'two'}},
         {'fields': None},
         {'format': 'flax_vit 99'},
-        {'model': 'ViT'},
+        {'model': 'AnotherViT'},
         {'fields': {'colour': 'red'}},
         {'weights': []},
         {'weights': [file | {'file': '../model-x.safetensors'}]},

@@ -138,7 +138,5 @@ def test_out_of_a_whole_model(layout: Layout) -> None:
 def test_what_part_is() -> None:
     with pytest.raises(ConversionError, match="part must be 'transformer', or left out for a whole model, not 'head'"):
         convert.inspect({}, part='head')
-    with pytest.raises(
-        ConversionError, match=r'Transformer of the SimpleViT(.|\n)*Give these arguments:(.|\n)*heads=2 if'
-    ):
+    with pytest.raises(ConversionError, match=r'Transformer of the ViT(.|\n)*Give these arguments:(.|\n)*heads=2 if'):
         convert.from_torch(build(CLASSES[0]).state_dict())
