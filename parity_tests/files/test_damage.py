@@ -34,6 +34,7 @@ GROUPS = 3  # of files, each a test of its own, so that they run side by side
 write_over = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('group', range(GROUPS))
 def test_damaged_files(tmp_path: Path, group: int) -> None:
     path = tmp_path / 'damaged'

@@ -80,7 +80,9 @@ def test_on_eight_devices(name: str, folders: dict[str, pathlib.Path]) -> None:
     changed_fields(name, facts['changed'])
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize(
+    'name', ['simple', *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != 'simple')]
+)
 def test_a_mesh_with_explicit_axes(name: str, folders: dict[str, pathlib.Path]) -> None:
     """jax.make_mesh's default: the same numbers as on one device, lying where the images and the parameters do."""
     facts = result(start('explicit', str(folders[name])))

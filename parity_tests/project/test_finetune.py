@@ -83,6 +83,7 @@ def test_it_learns(straight: pathlib.Path) -> None:
     assert lines[3:] == [f'converted: {points[-1]["held_out"]:.1%} of 1000 held-out digits right']
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(
     straight: pathlib.Path, environment: dict[str, str], tmp_path: pathlib.Path
 ) -> None:

@@ -312,6 +312,7 @@ def test_every_slip_has_its_cause() -> None:
     assert {name for _, name in SLIPS} == NAMED.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('architecture', 'name'), SLIPS, ids=map('-'.join, SLIPS))
 def test_slip(architecture: str, name: str, monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
     report, cause = run(CASES[architecture, name], SLIPS[architecture, name], monkeypatch), NAMED[name]
@@ -322,6 +323,7 @@ def test_slip(architecture: str, name: str, monkeypatch: pytest.MonkeyPatch, flo
         assert_named(report, cause)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('architecture', 'name'), MORE, ids=map('-'.join, MORE))
 def test_more(architecture: str, name: str, monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
     slip, cause = MORE[architecture, name]

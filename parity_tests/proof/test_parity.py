@@ -62,6 +62,7 @@ def test_gradients_in_float64(name: str, float64: None) -> None:
     check(gradient_errors(module, model, variables, random_images(CONFIGURATIONS[name])), GRADIENT_BOUND)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('seed', 'vit'), [*((seed, False) for seed in range(8)), *((seed, True) for seed in range(3))])
 def test_configurations_drawn_at_random(seed: int, vit: bool, float64: None) -> None:
     configuration = random_configuration(seed, vit=vit)
@@ -86,6 +87,7 @@ def test_rounding_in_bfloat16(model: str, kind: str) -> None:
     check_rounding(CONFIGURATIONS[f'{model}-{kind}'], torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('architecture', ['DeepViT', 'SimpleViT'])
 @pytest.mark.parametrize('batch', [1, 2])
 def test_rounding_in_bfloat16_at_a_usual_size(architecture: str, batch: int) -> None:
@@ -105,6 +107,7 @@ def test_bfloat16_products_of_what_is_transposed() -> None:
     np.testing.assert_array_equal(np.asarray(jax.jit(multiply)(x, y), float), expected)
 
 
+@pytest.mark.slow
 @both_models
 def test_rounding_in_bfloat16_at_depth_32(name: str) -> None:
     configuration = CONFIGURATIONS[name]
@@ -133,6 +136,7 @@ def test_elsewhere_in_float64(name: str, elsewhere: None, float64: None) -> None
     check(gradient_errors(module, model, variables, images), GRADIENT_BOUND)
 
 
+@pytest.mark.slow
 @both_models
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_rounding_elsewhere(name: str, dtype: torch.dtype, elsewhere: None) -> None:
@@ -270,6 +274,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('option', OPTIONS)
 @pytest.mark.parametrize(
     'name', ['deep-mean', 'deep-smaller-oblong', 'simple-oblong-patches', 'simple-plain', 'vit-oblong']
@@ -292,6 +297,7 @@ def test_options_change_no_number(name: str, option: str, float64: None) -> None
         jax.tree.map(np.testing.assert_array_equal, back, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('name', ['deep-wide', 'simple-wide'])
 def test_rounding_with_every_option(name: str, dtype: torch.dtype) -> None:

@@ -370,6 +370,7 @@ def test_control(configuration: Configuration, monkeypatch: pytest.MonkeyPatch, 
     check(Port.of(configuration, monkeypatch).errors(), FLOAT64_BOUND)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('architecture', 'name'), SLIPS, ids=map('-'.join, SLIPS))
 def test_slip(architecture: str, name: str, monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
     port = Port.of(CASES[architecture, name], monkeypatch)

@@ -104,6 +104,7 @@ def test_a_release_is_recognised_and_computed(name: str, float64: None) -> None:
     assert relative_error(jax.jit(model.apply)(variables, truth['images']), truth['logits']) <= FLOAT64_BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ONE_OF_EACH)
 def test_verify_compares_with_what_the_release_computed(name: str) -> None:
     """The reference is put together from today's parts: here it is held against the old release's own outputs."""
@@ -118,6 +119,7 @@ def test_verify_compares_with_what_the_release_computed(name: str) -> None:
     assert relative_error(outputs[''], truth['logits']) <= FLOAT64_BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [*ONE_OF_EACH, 'S2-1.4.0'])
 def test_the_features_of_a_release(name: str, float64: None) -> None:
     with np.load(FOLDER / f'{name}.npz') as truth:
@@ -243,6 +245,7 @@ def test_1_4_0_is_refused_with_the_reason() -> None:
         convert.inspect(FOLDER / 'S2-1.4.0.pt')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ONE_OF_EACH)
 def test_to_torch_writes_the_newest_layout_or_the_one_asked_for(name: str) -> None:
     tensors, _ = golden(name)
@@ -264,6 +267,7 @@ def test_to_torch_writes_the_newest_layout_or_the_one_asked_for(name: str) -> No
             assert bits(convert.to_torch(*again, layout=layout_of(name))) == bits(tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ONE_OF_EACH)
 def test_without_the_head_the_way_back_is_bit_for_bit(name: str) -> None:
     tensors, _ = golden(name)
