@@ -31,7 +31,7 @@ FILES = int(os.environ.get('FUZZ_FILES', '600'))
 GROUPS = 3  # of files, each a test of its own, so that they run side by side
 
 # Hypothesis' files replace each other in one folder; each is written before it is read.
-write_over = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=150)
+write_over = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 
 
 @pytest.mark.slow
