@@ -261,7 +261,7 @@ def test_rules(one: Mesh) -> None:
     assert spec(shardings(tree, one, ()))['mu'][0]['net_1']['bias'] == P(None)
 
 
-def test_a_training_state_with_a_number_in_it(one: Mesh) -> None:
+def test_a_training_state_with_a_number_in_it(one: Mesh, float64: None) -> None:
     """flax's TrainState counts its steps in an int; and a rule may leave an axis to the compiler."""
     model, variables = MODELS['deep'], variables_of(MODELS['deep'])
     state = TrainState.create(apply_fn=model.apply, params=variables['params'], tx=optax.adam(1e-3))
