@@ -156,7 +156,7 @@ def inspect(
     found = unwrap(tree, key=key, part=part, release=release, head=num_classes != 0)
     if found.fit.sizes.get('num_classes') == 0:  # vit-pytorch's own num_classes=0
         known = {**known, 'num_classes': 0}
-        found = unwrap(tree, key=key, release=release, head=False)
+        found = unwrap(tree, key=key, part=part, release=release, head=False)
     check_dtypes(found.tensors)
     fields = resolve(found.fit, overrides, known)
     if any(field.how in {'unknown', 'assumed'} for field in fields.values()):
@@ -295,13 +295,18 @@ def arrays(tree: Any) -> Any:
     made: dict[int, Any] = {}  # by the id of the container: some hold themselves
 
     def made_of(node: Any, address: tuple[str, ...]) -> Any:
-        if isinstance(node, Mapping | list | tuple):
-            if id(node) not in made:
-                parts = node.items() if isinstance(node, Mapping) else enumerate(node)
-                result: dict[Any, Any] = {}
-                made[id(node)] = result
-                result |= {name: made_of(part, (*address, str(name))) for name, part in parts}
+        if id(node) in made:
             return made[id(node)]
+        if isinstance(node, Mapping):
+            named: dict[Any, Any] = {}
+            made[id(node)] = named
+            named |= {name: made_of(part, (*address, str(name))) for name, part in node.items()}
+            return named
+        if isinstance(node, list | tuple):
+            numbered: list[Any] = []
+            made[id(node)] = numbered
+            numbered += [made_of(part, (*address, str(number))) for number, part in enumerate(node)]
+            return numbered
         if hasattr(node, 'detach'):
             try:
                 return array(node)

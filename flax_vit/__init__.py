@@ -6,6 +6,7 @@ from flax_vit.lazy import lazily
 
 if TYPE_CHECKING:
     from convert import from_torch, inspect, to_torch, verify
+    from flax_vit.architectures import named
     from flax_vit.deep_vit import DeepViT
     from flax_vit.folders.hub import push_to_hub
     from flax_vit.folders.pretrained import PretrainedWarning, from_pretrained
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from flax_vit.serving import export_serving
     from flax_vit.sharding import shardings
     from flax_vit.simple_vit import SimpleViT
-    from flax_vit.sizes import named
     from flax_vit.stacking import stack_layers, unstack_layers
     from flax_vit.vit import ViT
 else:
@@ -33,7 +33,7 @@ else:
             'from_pretrained': 'flax_vit.folders.pretrained',
             'from_torch': 'convert.conversion',
             'inspect': 'convert.conversion',
-            'named': 'flax_vit.sizes',
+            'named': 'flax_vit.architectures',
             'push_to_hub': 'flax_vit.folders.hub',
             'save_pretrained': 'flax_vit.folders.saving',
             'shardings': 'flax_vit.sharding',

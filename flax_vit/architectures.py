@@ -3,13 +3,15 @@
 Where it names its TRANSFORMER, that can be converted, saved and read alone.
 """
 
-from dataclasses import fields
+import dataclasses
+from difflib import get_close_matches
 from typing import Any
 
 from flax import linen as nn
 
 from flax_vit.deep_vit import DeepViT
 from flax_vit.simple_vit import SimpleViT
+from flax_vit.sizes import FIELDS
 from flax_vit.vit import ViT
 
 MODELS: dict[str, type[Any]] = {model.__name__: model for model in (DeepViT, SimpleViT, ViT)}
@@ -17,7 +19,7 @@ MODELS: dict[str, type[Any]] = {model.__name__: model for model in (DeepViT, Sim
 
 def field_names(model_class: type[nn.Module]) -> list[str]:
     """The names of a model's own arguments."""
-    return [field.name for field in fields(model_class) if field.name not in {'parent', 'name'}]
+    return [field.name for field in dataclasses.fields(model_class) if field.name not in {'parent', 'name'}]
 
 
 def classes() -> dict[str, type[Any]]:
@@ -26,6 +28,43 @@ def classes() -> dict[str, type[Any]]:
     return MODELS | {f'{name}.transformer': model.TRANSFORMER for name, model in whole if hasattr(model, 'TRANSFORMER')}
 
 
+def name_of(model_class: type[Any]) -> str:
+    """The name of one of `classes`."""
+    return next(name for name, each in classes().items() if each is model_class)
+
+
 def is_ours(model: object) -> bool:
     """Whether it is one of the models themselves, and no subclass."""
     return type(model) in MODELS.values()
+
+
+def sizes_by_name() -> dict[str, tuple[type[Any], dict[str, int]]]:
+    """What `named` takes, 'simple_vit_s16' and so on, by the names of the models' files: the model and its fields."""
+    return {
+        f'{model.__module__.rpartition(".")[2]}_{size}': (model, fields)
+        for model in MODELS.values()
+        for size, fields in FIELDS.items()
+    }
+
+
+def named(name: str, **overrides: Any) -> Any:
+    """A model of a size that has a name, with 1,000 classes. There are no trained weights of it here.
+
+    Args:
+        name: The model and the size: 'simple_vit_s16' is SimpleViT S with patches of 16 x 16 pixels. Sizes are Ti, S, B
+            and L with patches of 16 or 32, for 224 x 224 images, and 'readme', vit-pytorch's example, for 256 x 256.
+        **overrides: Fields of the model, instead of or beside those of the size.
+
+    Returns:
+        The linen module.
+
+    Raises:
+        ValueError: For another name, and when the fields make no model.
+    """
+    sizes = sizes_by_name()
+    if name not in sizes:
+        near = get_close_matches(name, sizes, 1)
+        hint = f'do you mean {near[0]}?' if near else f'the names are {", ".join(sizes)}.'
+        raise ValueError(f'{name!r} is no size that has a name; {hint}')
+    model, fields = sizes[name]
+    return model(**{'num_classes': 1000, **fields, **overrides})

@@ -60,7 +60,7 @@ class Attention(Layer):
             'reattn_weights', nn.initializers.normal(1.0), (self.heads, self.heads), self.param_dtype
         )
         # in a list [Rearrange, LayerNorm, Rearrange] in PyTorch
-        self.reattn_norm_1 = HeadNorm(heads=self.heads, **self.numerics)
+        self.reattn_norm_1 = self.inner(HeadNorm)
         self.to_out = [self.linear(inner_dim, self.dim), nn.Dropout(self.dropout)]
 
     def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
@@ -141,19 +141,7 @@ class Transformer(layers.Transformer):
 
     @nn.nowrap
     def block(self) -> list[nn.Module]:
-        attention = Attention(
-            dim=self.dim,
-            heads=self.heads,
-            dim_head=self.dim_head,
-            dropout=self.dropout,
-            query_chunk_size=self.query_chunk_size,
-            **self.numerics,
-            parent=None,
-        )
-        feed_forward = FeedForward(
-            dim=self.dim, hidden_dim=self.mlp_dim, dropout=self.dropout, **self.numerics, parent=None
-        )
-        return [attention, feed_forward]
+        return [self.inner(Attention), self.inner(FeedForward, hidden_dim=self.mlp_dim)]
 
 
 class DeepViT(Layer):
@@ -212,20 +200,7 @@ class DeepViT(Layer):
     @nn.nowrap
     def transformer_alone(self) -> Transformer:
         """Its Transformer, nobody's child."""
-        return Transformer(
-            dim=self.dim,
-            depth=self.depth,
-            heads=self.heads,
-            dim_head=self.dim_head,
-            mlp_dim=self.mlp_dim,
-            dropout=self.dropout,
-            final_norm=False,
-            query_chunk_size=self.query_chunk_size,
-            remat=self.remat,
-            scan_layers=self.scan_layers,
-            **self.numerics,
-            parent=None,
-        )
+        return self.inner(Transformer, final_norm=False)
 
     @laid_out_by_the_compiler
     def __call__(

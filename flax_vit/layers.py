@@ -1,5 +1,6 @@
 """What the models share: layers that start and compute as PyTorch's do, and the way images become patches."""
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,12 +24,11 @@ EPSILON = 1e-5  # of torch.nn.LayerNorm
 # The fields that say how a model is computed and called, not what it computes.
 COMPUTATION = frozenset({'dtype', 'precision', 'query_chunk_size', 'remat', 'scan_layers', 'image_format'})
 IMAGE_FORMATS = {'channels_last': 'b (h p1) (w p2) c', 'channels_first': 'b c (h p1) (w p2)'}
-_PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')  # of products, by JAX's names
 FLOATS = ('float64', 'float32', 'float16', 'bfloat16')  # what weights and computations may be in
 
 
 class Layer(nn.Module, kw_only=True):
-    """A linen module that hands its numeric fields on to what it is made of."""
+    """A linen module that hands its fields on to what it is made of."""
 
     dtype: Dtype | None = None  # of the computation; None: what inputs and parameters promote to
     param_dtype: Dtype = jnp.float32
@@ -40,17 +40,20 @@ class Layer(nn.Module, kw_only=True):
         self.param_dtype = floating_dtype(f'{type(self).__name__}: param_dtype', self.param_dtype)
         super().__post_init__()
 
-    @property
-    def numerics(self) -> dict[str, Any]:
-        return {'dtype': self.dtype, 'param_dtype': self.param_dtype, 'precision': self.precision}
+    @nn.nowrap
+    def inner(self, kind: type[Any], **fields: Any) -> Any:
+        """A module of this class to be put inside, nobody's child yet; fields that both have are as here."""
+        names, own = ({field.name for field in dataclasses.fields(each)} for each in (kind, self))
+        shared = {name: getattr(self, name) for name in names & own - {'parent', 'name'}}
+        return kind(**{**shared, **fields}, parent=None)
 
     def linear(self, in_features: int, features: int, *, bias: bool = True) -> 'Linear':
         """`torch.nn.Linear(in_features, features, bias)`."""
-        return Linear(in_features=in_features, features=features, bias=bias, **self.numerics)
+        return self.inner(Linear, in_features=in_features, features=features, bias=bias)
 
     def layer_norm(self) -> 'LayerNorm':
         """`torch.nn.LayerNorm` of the last axis."""
-        return LayerNorm(**self.numerics)
+        return self.inner(LayerNorm)
 
 
 class Linear(Layer):
@@ -186,10 +189,10 @@ def weigh(
     return product('bhij,bhjd->bhid', attn, v, precision=precision)
 
 
-def sequential(layers: Sequence[Any], x: Shaped[Array | np.ndarray, '...'], *, train: bool) -> Float[Array, '...']:
-    """`torch.nn.Sequential`: the layers in turn; Dropout acts in training only."""
+def sequential(layers: Any, x: Shaped[Array | np.ndarray, '...'], *, train: bool) -> Float[Array, '...']:
+    """`torch.nn.Sequential`: the layers in turn, or the only one; Dropout acts in training only."""
     result: Any = x
-    for layer in layers:
+    for layer in layers if isinstance(layers, Sequence) else [layers]:
         result = layer(result, deterministic=not train) if isinstance(layer, nn.Dropout) else layer(result)
     return result
 
@@ -280,7 +283,7 @@ class Transformer(Layer):
     more, the depth.
     """
 
-    # as the models have them, see `architectures`
+    # What the models say of themselves, see `architectures`.
     HEAD: ClassVar[str | None] = None
     POSITIONS: ClassVar[str | None] = None
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head')
@@ -521,18 +524,25 @@ def check_options(model: Any) -> None:
     if model.query_chunk_size is not None:
         check_sizes(model, query_chunk_size=1)
     check_switches(model, 'remat', 'scan_layers')
-    precision, names = model.precision, {*_PRECISIONS, *jax.lax.DotAlgorithmPreset.__members__}
-    one_for_each = isinstance(precision, tuple) and len(precision) == 2
-    if not (
-        precision is None
-        or isinstance(precision, jax.lax.Precision | jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset)
-        or (isinstance(precision, str) and precision in names)
-        or (one_for_each and all(isinstance(each, jax.lax.Precision) or each in _PRECISIONS for each in precision))
-    ):
+    precision = model.precision
+    one_for_each = precision if isinstance(precision, tuple) and len(precision) == 2 else (precision,)
+    algorithm = isinstance(precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset) or (
+        isinstance(precision, str) and precision in jax.lax.DotAlgorithmPreset.__members__
+    )
+    if not (precision is None or algorithm or all(map(_is_precision, one_for_each))):
         raise ValueError(
-            f'{type(model).__name__}: precision={precision!r} is not to be had: it is None, {", ".join(_PRECISIONS)}, '
-            'two of these, or the name of a jax.lax.DotAlgorithmPreset.'
+            f"{type(model).__name__}: precision={precision!r} is not to be had: give 'default', 'high', 'highest' or "
+            'another jax.lax.Precision, two of them, or a jax.lax.DotAlgorithmPreset.'
         )
+
+
+def _is_precision(value: Any) -> bool:
+    """Whether it is one of JAX's, or its name."""
+    try:
+        jax.lax.Precision(value)
+    except ValueError:
+        return False
+    return isinstance(value, str | jax.lax.Precision)  # it takes numbers, too, which jax.numpy does not
 
 
 def check_image_format(model: Any) -> None:

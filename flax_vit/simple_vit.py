@@ -104,15 +104,7 @@ class Transformer(layers.Transformer):
 
     @nn.nowrap
     def block(self) -> list[nn.Module]:
-        attention = Attention(
-            dim=self.dim,
-            heads=self.heads,
-            dim_head=self.dim_head,
-            query_chunk_size=self.query_chunk_size,
-            **self.numerics,
-            parent=None,
-        )
-        return [attention, FeedForward(dim=self.dim, hidden_dim=self.mlp_dim, **self.numerics, parent=None)]
+        return [self.inner(Attention), self.inner(FeedForward, hidden_dim=self.mlp_dim)]
 
 
 class SimpleViT(Layer):
@@ -178,19 +170,7 @@ class SimpleViT(Layer):
     @nn.nowrap
     def transformer_alone(self) -> Transformer:
         """Its Transformer, nobody's child."""
-        return Transformer(
-            dim=self.dim,
-            depth=self.depth,
-            heads=self.heads,
-            dim_head=self.dim_head,
-            mlp_dim=self.mlp_dim,
-            final_norm=not self.norm_after_mean,
-            query_chunk_size=self.query_chunk_size,
-            remat=self.remat,
-            scan_layers=self.scan_layers,
-            **self.numerics,
-            parent=None,
-        )
+        return self.inner(Transformer, final_norm=not self.norm_after_mean)
 
     @laid_out_by_the_compiler
     def __call__(
@@ -204,6 +184,4 @@ class SimpleViT(Layer):
         x = x + self.pos_embedding()[None].astype(x.dtype)
         x = self.transformer(x, train=train)
         x = self.to_latent(x.mean(axis=1))
-        if not self.num_classes:
-            return x
-        return sequential(self.linear_head, x, train=train) if self.norm_after_mean else self.linear_head(x)
+        return sequential(self.linear_head, x, train=train) if self.num_classes else x

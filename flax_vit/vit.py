@@ -96,21 +96,8 @@ class Transformer(layers.Transformer):
 
     @nn.nowrap
     def block(self) -> list[nn.Module]:
-        attention = Attention(
-            dim=self.dim,
-            heads=self.heads,
-            dim_head=self.dim_head,
-            dropout=self.dropout,
-            scale=(self.dim if self.scale_by_dim else self.dim_head) ** -0.5,
-            project_out=bool(self.project_out),
-            query_chunk_size=self.query_chunk_size,
-            **self.numerics,
-            parent=None,
-        )
-        feed_forward = FeedForward(
-            dim=self.dim, hidden_dim=self.mlp_dim, dropout=self.dropout, **self.numerics, parent=None
-        )
-        return [attention, feed_forward]
+        attention = self.inner(Attention, scale=(self.dim if self.scale_by_dim else self.dim_head) ** -0.5)
+        return [attention, self.inner(FeedForward, hidden_dim=self.mlp_dim)]
 
 
 def settle_projection(model: Any) -> None:
@@ -137,12 +124,8 @@ class ViT(Layer):
     TRANSFORMER: ClassVar[type[nn.Module]] = Transformer
     POSITIONS: ClassVar[str | None] = 'pos_embedding'
     MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps
-    SAME_WEIGHTS: ClassVar[Sequence[str]] = (
-        'heads',
-        'dim_head',
-        'pool',
-        'scale_by_dim',
-    )  # make other functions of them
+    # Fields that make other functions of them.
+    SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head', 'pool', 'scale_by_dim')
 
     image_size: int | tuple[int, int]  # pixels, (height, width) when not square; smaller images use the first positions
     patch_size: int | tuple[int, int]
@@ -204,22 +187,7 @@ class ViT(Layer):
     @nn.nowrap
     def transformer_alone(self) -> Transformer:
         """Its Transformer, nobody's child."""
-        return Transformer(
-            dim=self.dim,
-            depth=self.depth,
-            heads=self.heads,
-            dim_head=self.dim_head,
-            mlp_dim=self.mlp_dim,
-            dropout=self.dropout,
-            project_out=self.project_out,
-            scale_by_dim=self.scale_by_dim,
-            final_norm=not self.norm_after_mean,
-            query_chunk_size=self.query_chunk_size,
-            remat=self.remat,
-            scan_layers=self.scan_layers,
-            **self.numerics,
-            parent=None,
-        )
+        return self.inner(Transformer, final_norm=not self.norm_after_mean)
 
     @laid_out_by_the_compiler
     def __call__(
@@ -230,14 +198,11 @@ class ViT(Layer):
         With `train`, the dropout needs `rngs={'dropout': key}`.
         """
         x = sequential(self.to_patch_embedding, images, train=train)
-        tokens = [self.cls_token] if self.class_token else []
-        x = x.astype(nn.dtypes.canonicalize_dtype(x, *tokens, self.pos_embedding, dtype=self.dtype))
-        for token in tokens:
-            x = with_class_token(x, token)
+        parameters = [self.cls_token, self.pos_embedding] if self.class_token else [self.pos_embedding]
+        x = x.astype(nn.dtypes.canonicalize_dtype(x, *parameters, dtype=self.dtype))
+        x = with_class_token(x, self.cls_token) if self.class_token else x
         x = add(x, self.pos_embedding[: x.shape[1]])
         x = self.embedding_dropout(x, deterministic=not train)
         x = self.transformer(x, train=train)
         x = self.to_latent(x.mean(axis=1) if self.pool == 'mean' else x[:, 0])
-        if not self.num_classes:
-            return x
-        return sequential(self.mlp_head, x, train=train) if self.norm_after_mean else self.mlp_head(x)
+        return sequential(self.mlp_head, x, train=train) if self.num_classes else x

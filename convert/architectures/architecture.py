@@ -158,7 +158,7 @@ class Architecture:
         'dim_head': 11,
     }
     assumed: frozenset[str] = frozenset()  # fields that no weights tell, and vit-pytorch has a default for
-    tables: Mapping[str, str] = {}  # tensors that are computed, and may be in a checkpoint: what each is
+    tables: frozenset[str] = frozenset()  # tensors that are computed, and may be in a checkpoint all the same
     blocks: str = 'transformer.layers'  # PyTorch's name of their list, of pairs of attention and feed-forward
     attention_maps: tuple[AttentionMap, ...] = ()
     way: type[Way] | None = None  # its parts in numpy, to tell causes; None: no cause is known
@@ -256,7 +256,7 @@ class Architecture:
             module.transformer.norm = torch.nn.Identity()
         return module
 
-    def changed(self, transformer: Any, model: Any) -> Any:
+    def as_released(self, transformer: Any, model: Any) -> Any:
         """PyTorch's Transformer of today, changed where `model` computes what an older release did."""
         return transformer
 

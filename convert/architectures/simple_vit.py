@@ -59,7 +59,7 @@ class SimpleViTArchitecture(Architecture):
         Layout('S0', SimpleViT, '0.35.0 to 0.40.2', _BEFORE_1_0),
         Layout('B-cos', SimpleViT, '0.35.0 to 0.40.2, under the names of B-cos/B-cos-v2', _BEFORE_1_0, _B_COS),
     )
-    tables: Mapping[str, str] = {'pos_embedding': 'its sincos table'}  # where somebody made it a buffer
+    tables = frozenset({'pos_embedding'})  # where somebody made it a buffer
     attention_maps = (AttentionMap('attend', 'attend'),)
     way = SimpleViTWay
 

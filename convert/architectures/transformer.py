@@ -64,9 +64,9 @@ class TransformerArchitecture(Architecture):
         return TransformerLayout(layout.id, self.model, layout.releases, fields, renames, whole=name)
 
     def today(self, model: Any) -> dict[str, Any]:
-        usual = model.clone(**{name: None for name, default in self.own_fields().items() if default is None})
-        told = {name: getattr(usual, name) for name, default in self.own_fields().items() if default is None}
-        return super().today(model) | told
+        follow = [name for name, default in self.own_fields().items() if default is None]  # from the other fields
+        usual = model.clone(**dict.fromkeys(follow))
+        return super().today(model) | {name: getattr(usual, name) for name in follow}
 
     def told_by_names(self, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         told = self.whole.told_by_names(layout, shapes)
@@ -100,7 +100,7 @@ class TransformerArchitecture(Architecture):
         module = self.torch_class()(**arguments)
         if not model.final_norm:
             module.norm = torch.nn.Identity()
-        return self.whole.changed(module, model)
+        return self.whole.as_released(module, model)
 
     def parts(self, model: Any) -> dict[str, str]:
         parts: dict[str, str] = {}

@@ -190,7 +190,7 @@ class ViTArchitecture(Architecture):
             empty = module.cls_token
             del module.cls_token
             module.register_buffer('cls_token', empty.detach(), persistent=False)
-        self.changed(module.transformer, model)
+        self.as_released(module.transformer, model)
         if model.num_classes and model.hidden_head:
             norm, _ = module.mlp_head
             hidden = nn.Linear(model.dim, model.mlp_dim)
@@ -198,7 +198,7 @@ class ViTArchitecture(Architecture):
             module.mlp_head = nn.Sequential(norm, hidden, nn.GELU(), nn.Dropout(model.dropout), head)
         return module
 
-    def changed(self, transformer: Any, model: Any) -> Any:
+    def as_released(self, transformer: Any, model: Any) -> Any:
         from torch import nn
 
         for attention, _ in transformer.layers:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.conversion import Inspection
+from flax_vit.architectures import name_of
 from flax_vit.layers import COMPUTATION
 
 
@@ -17,7 +18,7 @@ def facts_of(inspection: Inspection, options: Mapping[str, Any]) -> dict[str, An
         'source': inspection.source,
         'read as': inspection.format,
         'files': [str(file) for file in inspection.files],
-        'model': layout.model.__name__,
+        'model': name_of(layout.model),
         'layout': {'id': layout.id, 'wrote it': str(layout)},
         'key': inspection.unwrapped.address,
         'parameters': inspection.parameters,

@@ -19,6 +19,7 @@ from convert.proof.flax_side import FlaxSide
 from convert.proof.measure import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, SMALLEST, Row, Sides, compare, moved, settled
 from convert.proof.torch_side import TorchSide
 from convert.recognition.names import differences, leaf
+from flax_vit.architectures import name_of
 from flax_vit.layers import floating_dtype
 from flax_vit.parameters import check_variables, input_shape, reads_channels_last
 from flax_vit.stacking import unstack_layers
@@ -238,7 +239,7 @@ def with_shared_fields(source: Any, model: nn.Module, **arguments: Any) -> Inspe
     Raises ConversionError when the model is none of this source.
     """
     inspection = inspect(source, **arguments)
-    ours, theirs = type(model).__name__, inspection.layout.model.__name__
+    ours, theirs = (name_of(each) for each in (type(model), inspection.layout.model))
     if ours != theirs:
         raise ConversionError(f'The converted model is a {ours}, but {inspection.source} holds a {theirs}.')
     shared = {name for name, field in inspection.fields.items() if field.how in {'unknown', 'assumed'}}
@@ -287,14 +288,14 @@ def channels_last(model: Any, variables: Mapping[str, Any], images: Any) -> np.n
     Raises ValueError when they don't fit the model.
     """
     images = np.asarray(images)
-    jax.eval_shape(model.apply, variables, jax.ShapeDtypeStruct(images.shape, images.dtype))  # raises it
-    shape = input_shape(model)
-    size, channels = shape[:-1], shape[-1]
-    turned = images.shape[1:3] != size and images.shape[2:4] == size  # where both orders fit, channels are last
-    first = images.shape[-1] != channels or (images.shape[1] == channels and turned)
-    image_format = getattr(model, 'image_format', None)
-    if image_format == 'channels_first' or (image_format is None and first):
-        images = np.moveaxis(images, 1, 3)
+    shape = jax.ShapeDtypeStruct(images.shape, images.dtype)
+    jax.eval_shape(model.apply, variables, shape)  # raises it
+    try:
+        jax.eval_shape(reads_channels_last(model).apply, variables, shape)
+        first = getattr(model, 'image_format', None) == 'channels_first'
+    except ValueError:
+        first = True
+    images = np.moveaxis(images, 1, 3) if first else images
     # a copy: JAX's arrays can't be written to, which PyTorch warns of
     return np.array(images, np.promote_types(images.dtype, np.float32), order='C')
 

@@ -150,7 +150,7 @@ def fit(layout: Layout, shapes: Shapes, patterns: Mapping[str, str], *, head: bo
     architecture = architecture_of(layout.model)
     told = architecture.told_by_names(layout, shapes)
     axes = template(layout, head=head, told=tuple(told.items()))
-    beside = architecture.tables.keys() | (set() if head else {_head(layout)})
+    beside = architecture.tables | (set() if head else {_head(layout)})
     found = {
         name: shape
         for name, shape in shapes.items()

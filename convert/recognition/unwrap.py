@@ -104,18 +104,16 @@ def unwrap(
     different = distinct(whole) if len(whole) > 1 else whole
     if len(different) > 1:
         raise ConversionError(f'There are several different models here; choose one. {_list(different)}')
+    alone: list[Candidate] = []
     if not different and part is None:
         alone = distinct(
             candidate
             for candidate in candidates(leaves, key, layouts_of_all('transformer', release), head=head)
-            if not candidate.fit.different
+            if not candidate.fit.different and (key is None or _is_at(candidate.place, key))
         )
-        if len(alone) == 1 and not left_aside(leaves, alone[0], alone[0].fit.names):
-            different = alone
-        else:
-            raise ConversionError(refusal(leaves, found, alone))
+        different = [each for each in alone if not left_aside(leaves, each, each.fit.names)]
     if not different:
-        raise ConversionError(refusal(leaves, found))
+        raise ConversionError(refusal(leaves, found, alone))
     model = different[0]
     tensors = {name: tensor for name, tensor in model.tensors.items() if name in model.fit.names}
     architecture = architecture_of(model.fit.layout.model)
@@ -292,8 +290,9 @@ def refusal(leaves: list[Item], found: list[Candidate], alone: Sequence[Candidat
             "    checkpoint = torch.load('x.pt', map_location='cpu', weights_only=False)\n"
             f"    pathlib.Path('inner.pt').write_bytes(checkpoint{keys})"
         )
-    hint = f"\nA Transformer is complete here; part='transformer' converts it alone, for tokens. {_list(alone)}"
-    hint = hint if alone else ''
+    hint = ''
+    if alone:
+        hint = f"\nA Transformer is complete here; part='transformer' converts it alone, for tokens. {_list(alone)}"
     best = nearest(found) if found else None
     if best and (reason := relative({name: tensor.shape for name, tensor in best.tensors.items()})):
         return reason + hint

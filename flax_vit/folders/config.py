@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from flax_vit.architectures import classes, field_names
+from flax_vit.architectures import classes, field_names, name_of
 
 if sys.platform != 'win32':
     import fcntl
@@ -73,8 +73,7 @@ def new_config(model: nn.Module, source: Any) -> dict[str, Any]:
         source = json.loads(json.dumps(source, ensure_ascii=False, allow_nan=False).encode())
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f'source must be JSON (dicts, lists, strings and numbers in UTF-8): {error}.') from error
-    (name,) = [name for name, model_class in classes().items() if model_class is type(model)]
-    return {'format': FORMAT, 'model': name, 'fields': saved, 'weights': [], 'source': source}
+    return {'format': FORMAT, 'model': name_of(type(model)), 'fields': saved, 'weights': [], 'source': source}
 
 
 def model_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> nn.Module:

@@ -354,6 +354,9 @@ def test_what_a_model_cannot_be_computed_in(model_class: Any) -> None:
                 model_class(**SMALL, **{name: dtype})
     with pytest.raises(ValueError, match='param_dtype must be'):
         model_class(**SMALL, param_dtype=None)
+    known: list[Any] = ['fastest', 'bfloat16_3x', 'highest', ('high', 'highest'), 'BF16_BF16_F32']
+    for precision in known:
+        model_class(**SMALL, precision=precision)
     for precision in ('foo', ('high', 'foo')):
         with pytest.raises(ValueError, match=r'precision=.* is not to be had: '):
             model_class(**SMALL, precision=precision)
@@ -370,6 +373,9 @@ def test_what_is_no_number_and_no_image(model_class: Any) -> None:
     preset = jax.lax.DotAlgorithmPreset.DEFAULT
     with pytest.raises(ValueError, match=r'precision=.* is not to be had: '):
         model_class(**SMALL, precision=(preset, preset))
+    for strange in (0, ('high',), ('high', 'high', 'high')):
+        with pytest.raises(ValueError, match=r'precision=.* is not to be had: '):
+            model_class(**SMALL, precision=strange)
     with pytest.raises(ValueError, match=r"pool must be 'cls' .* not \['cls'\]"):
         DeepViT(**SMALL, pool=['cls'])  # type: ignore[arg-type]
 

@@ -8,8 +8,8 @@ import torch
 
 import flax_vit
 from convert.architectures import architecture_of
+from flax_vit.architectures import sizes_by_name
 from flax_vit.parameters import param_shapes
-from flax_vit.sizes import names
 
 
 def parameters(model: Any) -> int:
@@ -17,7 +17,7 @@ def parameters(model: Any) -> int:
     return sum(math.prod(shape.shape) for shape in param_shapes(model.clone(scan_layers=True)).values())
 
 
-@pytest.mark.parametrize('name', names())
+@pytest.mark.parametrize('name', sizes_by_name())
 def test_as_many_parameters_as_in_pytorch(name: str) -> None:
     model = flax_vit.named(name)
     fields = ('image_size', 'patch_size', 'num_classes', 'dim', 'depth', 'heads', 'mlp_dim')

@@ -111,6 +111,27 @@ def test_nothing_but_a_transformer(name: str, tmp_path: pathlib.Path) -> None:
         port.apply(variables, x[..., :11])
 
 
+def test_as_many_tokens_as_numbers_in_each() -> None:
+    """Nothing is taken for an image's axis."""
+    module = build(CLASSES[0], dim=8)
+    assert convert.verify(module.state_dict(), heads=2, images=tokens(8, 8).astype(np.float32)).right
+
+
+def test_the_transformer_of_another_model_is_told() -> None:
+    one, other = (build(name).state_dict() for name in CLASSES[:2])
+    with pytest.raises(ConversionError, match=r'is a \w+\.transformer, but a state dict holds a \w+\.transformer'):
+        convert.verify(one, heads=2, converted=convert.from_torch(other, heads=2))
+
+
+def test_only_what_is_asked_for() -> None:
+    """A key at which there is no Transformer is not answered with one that is elsewhere."""
+    source = {'a': build(CLASSES[0]).state_dict(), 'b': {'norm.weight': torch.ones(12)}}
+    assert convert.inspect({'a': source['a']}, heads=2).unwrapped.address == 'a'
+    for key in ('b', 'c'):
+        with pytest.raises(ConversionError):
+            convert.inspect(source, key=key, heads=2)
+
+
 @pytest.mark.parametrize('name', CLASSES)
 def test_on_a_mesh_of_explicit_axes(name: str) -> None:
     port, variables = convert.from_torch(build(name).state_dict(), heads=2)

@@ -73,10 +73,7 @@ class ThirdViT(Layer):
         self.to_patch_embedding = [cut, self.layer_norm(), projection, self.layer_norm()]
         shape = 1, tokens, self.dim
         self.pos_embedding = self.param('pos_embedding', nn.initializers.normal(1.0), shape, self.param_dtype)
-        self.transformer = Transformer(
-            dim=self.dim, depth=self.depth, heads=self.heads, dim_head=self.dim_head, mlp_dim=self.mlp_dim,
-            query_chunk_size=self.query_chunk_size, remat=self.remat, scan_layers=self.scan_layers, **self.numerics,
-        )  # fmt: skip
+        self.transformer = self.inner(Transformer)
         self.to_latent = Identity()
         if self.num_classes:
             self.classifier = self.linear(self.dim, self.num_classes)
