@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -295,6 +296,8 @@ def arrays(tree: Any) -> Any:
     made: dict[int, Any] = {}  # by the id of the container: some hold themselves
 
     def made_of(node: Any, address: tuple[str, ...]) -> Any:
+        if isinstance(node, Namespace):  # a trainer's arguments, which are plain values in a file, too
+            node = vars(node)
         if id(node) in made:
             return made[id(node)]
         if isinstance(node, Mapping):

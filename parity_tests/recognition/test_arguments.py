@@ -50,8 +50,7 @@ def test_it_fills_what_the_weights_leave_open(where: str, fields: dict[str, Any]
     inspection = convert.inspect(tmp_path / 'last.ckpt')
     assert not inspection.assumptions
     assert {name: getattr(inspection.model, name) for name in fields} == fields
-    if where != 'args':  # in memory a Namespace is an object
-        assert convert.inspect({'state_dict': state_dict, **SAID[where](fields)}).fields == inspection.fields
+    assert convert.inspect({'state_dict': state_dict, **SAID[where](fields)}).fields == inspection.fields
     read = {field.why for field in inspection.fields.values() if field.how == 'read'}
     assert read == {where}
     report = convert.verify(tmp_path / 'last.ckpt', count=1)
