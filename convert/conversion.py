@@ -111,8 +111,8 @@ def inspect(
     """What `source` is: its layout, its fields, what is left aside. Nothing is converted; unknown fields are allowed.
 
     Args:
-        source: A path, a state dict (of torch tensors or arrays, or whatever a trainer wrapped it in), or a live
-            torch.nn.Module.
+        source: A path, an address ('hf://owner/name', 'https://…'), a state dict (of torch tensors or arrays, or
+            whatever a trainer wrapped it in), or a live torch.nn.Module.
         key: Which of several models in the source, by its address: 'ema.model'.
         part: 'transformer' for the Transformer alone, whatever the rest of the model is.
         release: The vit-pytorch that wrote it, '0.6.5', where the weights alone fit several that computed differently.
@@ -150,7 +150,7 @@ def inspect(
     elif isinstance(source, Mapping):
         name, form, tree = 'a state dict', 'in memory', arrays(source)
     else:
-        raise ConversionError(f'A source is a path, a state dict or a torch.nn.Module, not a {type(source).__name__}.')
+        raise ConversionError(f'A source is a path, an address, a state dict or a torch.nn.Module, not a {type(source).__name__}.')
     if 'param_dtype' in overrides:
         overrides['param_dtype'] = floating_dtype(overrides['param_dtype'])
     num_classes = overrides.get('num_classes', known.get('num_classes'))

@@ -96,7 +96,7 @@ def inspect_command(**arguments: Any) -> None:
     """Say what CHECKPOINT is, how each of its tensors would be converted, and by which command; nothing is written.
 
     CHECKPOINT is a file (.pt, .pth, .safetensors, …: the content tells) or a folder that holds one, or a folder that
-    `convert` wrote.
+    `convert` wrote. It may be afar (hf://owner/name, https://…), or come on standard input (-).
     """
     from convert.command_line import commands
 

@@ -4,7 +4,6 @@ What a file is, its content tells, not its name. Arrays are read-only views of t
 memory for them, and the file must not be changed while they are in use.
 """
 
-import errno
 import os
 import re
 import struct
@@ -21,6 +20,7 @@ from convert.files.arrays import JSON_BYTES, objects_in_npy, read_json, read_npz
 from convert.files.folders import beside, only_checkpoint
 from convert.files.other_files import refuse_archive, refuse_file, refuse_parts
 from convert.files.pickle_reader import Data, Foreign
+from convert.files.remote import local_path
 from convert.files.tensors import array
 from convert.files.torch_archive import (
     LEGACY,
@@ -46,24 +46,20 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)  # what safetensors has under '__metadata__'
 
 
-def read(path: str | os.PathLike[str]) -> Checkpoint:
+def read(source: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint in a file, in a shards' index, or in a folder that holds one of them and no other.
 
-    Raises: ConversionError, saying what the file looks like and what to do; OSError (FileNotFoundError, ...).
+    Args:
+        source: A path, or what `remote.local_path` makes one of.
+
+    Returns:
+        What is in it, lazily.
+
+    Raises:
+        ConversionError: Saying what the file looks like and what to do.
+        OSError: FileNotFoundError and the like.
     """
-    if re.match(r'[a-z][a-z0-9+.-]+://', os.fspath(path)):
-        raise ConversionError(f'{os.fspath(path)!r} is an address, not a file: download it, and give its path.')
-    try:
-        return _read(Path(path).expanduser())
-    except FileNotFoundError as error:
-        name = os.fspath(path)
-        if re.fullmatch(r'[\w.-]+/[\w.-]+', name) and not Path(name).parent.exists():
-            advice = f'if that is a repository of the Hugging Face hub: `hf download {name}`, and give what it prints'
-        elif name == '-':
-            advice = 'standard input is not read: write it to a file, and give its path'
-        else:
-            raise
-        raise FileNotFoundError(errno.ENOENT, f'no such file or folder; {advice}', name) from error
+    return _read(local_path(source))
 
 
 def read_beside(checkpoint: Checkpoint) -> dict[str, Any]:

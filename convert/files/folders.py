@@ -1,6 +1,7 @@
 """The one checkpoint in a folder, and the files that an index of shards names."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from convert.errors import ConversionError
@@ -38,18 +39,26 @@ def only_checkpoint(folder: Path) -> Path:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The indices and checkpoint files in a folder, beside what trainers put there and the shards of the indices."""
-    names = {path.name for path in folder.iterdir() if path.is_file() and not _BESIDE_WEIGHTS.match(path.name)}
-    for suffixes in _SUFFIXES:
-        found = {name for name in names if name.lower().endswith(suffixes)}
-        for name in sorted(found):
-            if name.endswith('.index.json'):
-                with (folder / name).open('rb') as file:
-                    owners = read_json(file.read(JSON_BYTES + 1)).get('weight_map')
-                found -= set(map(str, owners.values())) if isinstance(owners, dict) else set()
-        if found:
-            return [folder / name for name in found]
-    return []
+    """The indices and checkpoint files in a folder, without the shards of the indices."""
+    found = checkpoint_names(path.name for path in folder.iterdir() if path.is_file())
+    for name in sorted(found):
+        if name.endswith('.index.json'):
+            found -= shards(folder / name)
+    return [folder / name for name in found]
+
+
+def checkpoint_names(names: Iterable[str]) -> set[str]:
+    """Those that are checkpoints' by their endings, and not what trainers put beside them."""
+    names = [name for name in names if not _BESIDE_WEIGHTS.match(name)]
+    found = ({name for name in names if name.lower().endswith(suffixes)} for suffixes in _SUFFIXES)
+    return next(filter(None, found), set())
+
+
+def shards(index: Path) -> set[str]:
+    """The files that an index names; none where it is no index."""
+    with index.open('rb') as file:
+        owners = read_json(file.read(JSON_BYTES + 1)).get('weight_map')
+    return set(map(str, owners.values())) if isinstance(owners, dict) else set()
 
 
 def beside(index: Path, name: str) -> Path:

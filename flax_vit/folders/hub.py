@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -26,26 +28,11 @@ def local_folder(
         return Path(name)
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
         raise FileNotFoundError(f"{name} is neither a folder here nor a name on the Hugging Face Hub ('owner/name').")
-    hub = _huggingface_hub()
-    try:
+    hub = huggingface_hub()
+    with asking(hub, name, revision):
         config = Path(hub.hf_hub_download(name, CONFIG, revision=revision, cache_dir=cache_dir))
         commit, files = config.parent.name, [file['file'] for file in read_config(config.parent)['weights']]
         copy = hub.snapshot_download(name, revision=commit, cache_dir=cache_dir, allow_patterns=[CONFIG, *files])
-    except hub.errors.LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f'{name} is no folder here, nor is a copy of it kept, and the Hugging Face Hub was not asked or did not '
-            'answer: unset HF_HUB_OFFLINE, or look at the connection.'
-        ) from error
-    except (
-        hub.errors.RepositoryNotFoundError,
-        hub.errors.RevisionNotFoundError,
-        hub.errors.EntryNotFoundError,
-    ) as error:
-        at = f' at the revision {revision}' if revision else ''
-        raise FileNotFoundError(
-            f'{name} is no folder here, and the Hugging Face Hub did not give it{at}: {type(error).__name__}. '
-            'A private one needs `hf auth login`.'
-        ) from error
     return Path(copy)
 
 
@@ -80,7 +67,7 @@ def push_to_hub(
     folder = Path(folder)
     config = read_config(folder)
     check_hashes(folder, config)
-    hub = _huggingface_hub()
+    hub = huggingface_hub()
     files: dict[str, Path | bytes] = {file['file']: folder / file['file'] for file in config['weights']}
 
     api = hub.HfApi()
@@ -106,7 +93,32 @@ def push_to_hub(
     return str(api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url)
 
 
-def _huggingface_hub() -> ModuleType:
+@contextmanager
+def asking(hub: ModuleType, name: str, revision: str | None) -> Iterator[None]:
+    """FileNotFoundError where the hub's library finds nothing of that name, neither there nor in its cache."""
+    try:
+        yield
+    except (hub.errors.LocalEntryNotFoundError, hub.errors.OfflineModeIsEnabled) as error:
+        raise FileNotFoundError(
+            f'{name} is nothing here, nor is a copy of it kept, and the Hugging Face Hub was not asked or did not '
+            'answer: unset HF_HUB_OFFLINE, or look at the connection.'
+        ) from error
+    except (
+        hub.errors.RepositoryNotFoundError,
+        hub.errors.RevisionNotFoundError,
+        hub.errors.EntryNotFoundError,
+    ) as error:
+        at = f' at the revision {revision}' if revision else ''
+        raise FileNotFoundError(
+            f'{name} is nothing here, and the Hugging Face Hub did not give it{at}: {type(error).__name__}. '
+            'A private one needs `hf auth login`.'
+        ) from error
+    except hub.errors.HTTPError as error:  # httpx's: no connection, a timeout, a server in trouble
+        raise OSError(f'{name}: the Hugging Face Hub cannot be read: {type(error).__name__}: {error}') from error
+
+
+def huggingface_hub() -> ModuleType:
+    """The hub's library. Raises ImportError that says how to install it."""
     try:
         import huggingface_hub
         import huggingface_hub.errors

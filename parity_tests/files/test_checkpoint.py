@@ -729,17 +729,3 @@ def test_sha256(tmp_path: Path) -> None:
 def test_a_checkpoint_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
         Checkpoint({}, 'safetensors', ()).tree = {}  # type: ignore[misc]
-
-
-def test_addresses_and_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for address in ('https://example.com/vit.pt', 's3://bucket/vit.pt'):
-        with pytest.raises(ConversionError, match=f'{address!r} is an address, not a file: download it'):
-            read(address)
-    monkeypatch.chdir(tmp_path)
-    for name, advice in {'owner/my-vit': 'hf download owner/my-vit', '-': 'write it to a file'}.items():
-        with pytest.raises(FileNotFoundError, match=advice) as caught:
-            read(name)
-        assert caught.value.filename == name
-    torch.save({'weight': torch.ones(2)}, tmp_path / 'vit.pt')
-    monkeypatch.setenv('HOME', str(tmp_path))
-    assert list(read('~/vit.pt').tree) == ['weight']
