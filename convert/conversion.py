@@ -150,7 +150,9 @@ def inspect(
     elif isinstance(source, Mapping):
         name, form, tree = 'a state dict', 'in memory', arrays(source)
     else:
-        raise ConversionError(f'A source is a path, an address, a state dict or a torch.nn.Module, not a {type(source).__name__}.')
+        raise ConversionError(
+            f'A source is a path, an address, a state dict or a torch.nn.Module, not a {type(source).__name__}.'
+        )
     if 'param_dtype' in overrides:
         overrides['param_dtype'] = floating_dtype(overrides['param_dtype'])
     num_classes = overrides.get('num_classes', known.get('num_classes'))
