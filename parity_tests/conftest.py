@@ -8,6 +8,8 @@ import jax
 import jaxtyping
 import pytest
 
+# What draws with threefry takes two to three times as long to compile; no test hangs on what is drawn.
+jax.config.update('jax_default_prng_impl', 'rbg')
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # of the commands that tests start
 # Roundings are held to what they are on a CPU: a GPU is used only if asked for.
 jax.config.update('jax_platforms', os.environ.setdefault('JAX_PLATFORMS', 'cpu'))
@@ -18,6 +20,12 @@ def float64() -> Iterator[None]:
     """JAX has float64 in the tests that ask for it; the others run as users do, where it has not."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Annotations are checked, also where JAXTYPING_DISABLE says otherwise."""
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', False)
 
 
 @pytest.fixture

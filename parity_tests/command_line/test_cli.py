@@ -291,6 +291,7 @@ def test_the_demo_proves_every_model(flax_vit: Run) -> None:
     assert 'flax-vit inspect CHECKPOINT' in printed
 
 
+@pytest.mark.slow
 def test_the_demo_fails_when_the_port_is_wrong(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def misplace(*arguments: Any) -> dict[str, Any]:
         variables = place(*arguments)
@@ -444,6 +445,7 @@ def test_files_that_are_no_outputs(flax_vit: Run) -> None:
         assert (status, 'and not what convert --verify does: images, float64, float32' in complaint) == (2, True)
 
 
+@pytest.mark.slow
 def test_saved_outputs_catch_wrong_heads(flax_vit: Run) -> None:
     images = convert.command_line.demo.digits()[2][:40].transpose(0, 3, 1, 2)
     module = simple_vit.SimpleViT(

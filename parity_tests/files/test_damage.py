@@ -27,7 +27,7 @@ from convert.files import zip_directory as zip_file
 from convert.files.checkpoint import Foreign, read
 from parity_tests.support.fuzz import MEMORY, Executed, archive, attempt, damaged_files, safetensors_file
 
-FILES = int(os.environ.get('FUZZ_FILES', '600'))
+FILES = int(os.environ.get('FUZZ_FILES', '180'))
 GROUPS = 3  # of files, each a test of its own, so that they run side by side
 
 # Hypothesis' files replace each other in one folder; each is written before it is read.

@@ -55,6 +55,7 @@ def lines(model_class: Any, depth: int, **options: Any) -> int:
     return compiled(model_class(**sizes, depth=depth, **options), gradient=True).as_text().count('\n')
 
 
+@pytest.mark.slow
 @both_models
 def test_programs_grow_with_the_depth_and_not_with_its_square(model_class: Any) -> None:
     four, eight, sixteen = (lines(model_class, depth) for depth in (4, 8, 16))

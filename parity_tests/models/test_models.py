@@ -448,7 +448,7 @@ def test_attention_in_float16_sums_no_undivided_weights() -> None:
     np.testing.assert_array_equal(attention.apply({'params': params}, tokens, train=False), np.full_like(tokens, 200))
 
 
-def test_shape_annotations_are_checked_while_tests_run() -> None:
+def test_shape_annotations_are_checked_while_tests_run(checked: None) -> None:
     with pytest.raises(TypeCheckError, match='batch heads i j'):
         HeadNorm(heads=3).init(jax.random.key(0), jnp.zeros((2, 3, 4)), mix=jnp.eye(3))
     with pytest.raises(TypeCheckError, match='shape'):

@@ -17,6 +17,7 @@ def parameters(model: Any) -> int:
     return sum(math.prod(shape.shape) for shape in param_shapes(model.clone(scan_layers=True)).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', sizes_by_name())
 def test_as_many_parameters_as_in_pytorch(name: str) -> None:
     model = flax_vit.named(name)

@@ -170,7 +170,13 @@ def trained(**fields: Any) -> tuple[Any, set[bytes], float]:
     return (value, gradients), set(different), float(np.mean(list(different.values())))
 
 
-@pytest.mark.parametrize('fields', DRAWS, ids=lambda fields: '-'.join(fields) or 'plain')
+@pytest.mark.parametrize(
+    'fields',
+    [
+        pytest.param(fields, marks=pytest.mark.slow if len(fields) == 1 else [], id='-'.join(fields) or 'plain')
+        for fields in DRAWS
+    ],
+)
 def test_dropout_in_every_way(fields: dict[str, Any]) -> None:
     """`remat` draws the same masks; the other ways draw their own, at the same rate, and none twice."""
     results, masks, left = trained(**fields)

@@ -40,7 +40,14 @@ def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.P
     return tmp_path
 
 
-@pytest.mark.parametrize('page', [page for page in PAGES if blocks(page, 'python')], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    'page',
+    [
+        pytest.param(page, marks=[] if page == PAGES[0] else pytest.mark.slow, id=page.stem)
+        for page in PAGES
+        if blocks(page, 'python')
+    ],
+)
 @pytest.mark.filterwarnings('ignore::convert.ConversionWarning')  # the examples assume, and are told so
 def test_from_top_to_bottom(page: pathlib.Path, folder: pathlib.Path) -> None:
     """All blocks of a page in its order, Python in one interpreter, where the examples are."""
@@ -62,6 +69,7 @@ def flax_vit(command: str, folder: pathlib.Path) -> None:
         assert ended.returncode == 0, ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('page', ['devices', 'tpu'])
 def test_on_eight_devices_without_torch(page: str, folder: pathlib.Path) -> None:
     """Split, trained and kept; docs/tpu.md but for its proof."""

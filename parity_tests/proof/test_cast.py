@@ -36,6 +36,7 @@ def run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float64'])
 @pytest.mark.parametrize('more', [[], ['--verify'], ['--num-classes', '0']], ids=' '.join)
 def test_a_cast_folder_is_proven_against_weights_cast_alike(run: Any, dtype: str, more: list[str]) -> None:

@@ -330,6 +330,7 @@ def test_more(architecture: str, name: str, monkeypatch: pytest.MonkeyPatch, flo
     assert_named(run(CASES[architecture, name], slip, monkeypatch), cause)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('architecture', ['DeepViT', 'SimpleViT'])
 @pytest.mark.parametrize(('mantissa_bits', 'name'), [(10, 'TF32 or float16'), (7, 'bfloat16')])
 def test_products_of_fewer_bits(
@@ -350,6 +351,7 @@ def test_products_of_fewer_bits(
     assert_named(report, f"patch embedding: matches with matrix products in {name} (set precision='highest')")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('architecture', ['DeepViT', 'SimpleViT'])
 @pytest.mark.parametrize('mean', [10, 100])
 def test_fast_variance_in_float32_only(

@@ -104,19 +104,20 @@ def small(seed: int = 0, **fields: Any) -> DeepViT:
 
 @pytest.mark.slow
 def test_right_ports_are_called_right() -> None:
-    """Two dozen of those that `false_alarms.py` draws a thousand of: with two and three heads, of every kind."""
+    """Two dozen of those that `false_alarms.py` draws a thousand of: with two heads, the worst, of every kind."""
     wrong = [
-        (result[:-1], [row for row in result.rows if not row.right]) for result in results(24, most_heads=3, batches=1)
+        (result[:-1], [row for row in result.rows if not row.right]) for result in results(24, most_heads=2, batches=1)
     ]
     assert [each for each in wrong if each[1]] == []
 
 
-@pytest.mark.parametrize('seed', [0, 2, 5])
+@pytest.mark.parametrize('seed', [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 5))])
 def test_two_heads_with_gradients(seed: int) -> None:
     """Ill-conditioned: with these weights one pair of runs was up to 5 times apart, on one machine at least."""
     assert convert.verify(perturbed(small(heads=2), seed), gradients=True, seed=seed, count=2).right
 
 
+@pytest.mark.slow
 def test_gradients_that_depend_on_no_image() -> None:
     """The last norm's bias: moved images leave its gradient, moved weights of the loss don't."""
     torch.manual_seed(0)
@@ -124,6 +125,7 @@ def test_gradients_that_depend_on_no_image() -> None:
     assert all(convert.verify(perturbed(module), gradients=True, count=2, seed=seed).right for seed in range(3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['mlp_head.1.weight', 'transformer.layers.0.0.to_out.0.weight'])
 def test_a_part_that_is_zero(name: str) -> None:
     """A head that starts at zero, or a block that begins as nothing, is right, with gradients."""
@@ -141,6 +143,7 @@ def test_a_part_that_is_zero(name: str) -> None:
     assert compare_outputs(model, variables, images, outputs).right
 
 
+@pytest.mark.slow
 def test_saved_outputs_of_one_image_and_two_classes() -> None:
     module = perturbed(small(heads=3, num_classes=2))
     model, variables = convert.from_torch(module)

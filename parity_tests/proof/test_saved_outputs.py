@@ -29,6 +29,7 @@ def saved(name: str, dtype: torch.dtype) -> tuple[Any, Any, np.ndarray, np.ndarr
     return model, variables, images, outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize('name', MODELS)
 def test_saved_outputs_of_the_same_function(name: str, dtype: torch.dtype) -> None:

@@ -75,7 +75,7 @@ def training_errors(configuration: Configuration, optimizer: str) -> dict[str, f
 
 
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)
-@pytest.mark.parametrize('name', TRAINED)
+@pytest.mark.parametrize('name', [*TRAINED[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in TRAINED[1:])])
 def test_parameters_after_1_3_and_10_steps(name: str, optimizer: str, float64: None) -> None:
     check(training_errors(CONFIGURATIONS[name], optimizer), BOUND)
 

@@ -53,6 +53,11 @@ def test_it_fills_what_the_weights_leave_open(where: str, fields: dict[str, Any]
     assert convert.inspect({'state_dict': state_dict, **SAID[where](fields)}).fields == inspection.fields
     read = {field.why for field in inspection.fields.values() if field.how == 'read'}
     assert read == {where}
+
+
+@pytest.mark.parametrize('fields', [SIMPLE, DEEP], ids=['simple', 'deep'])
+def test_what_is_read_is_not_assumed_by_the_verdict(fields: dict[str, Any], tmp_path: pathlib.Path) -> None:
+    torch.save({'state_dict': module(fields).state_dict(), 'hyper_parameters': fields}, tmp_path / 'last.ckpt')
     report = convert.verify(tmp_path / 'last.ckpt', count=1)
     assert report.verdict == 'the Flax model computes what PyTorch does.'
 

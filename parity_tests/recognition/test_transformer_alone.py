@@ -80,7 +80,7 @@ def test_a_live_model_tells_the_heads(name: str) -> None:
         convert.from_torch(two, part='transformer')
 
 
-@pytest.mark.parametrize('name', CLASSES)
+@pytest.mark.parametrize('name', [CLASSES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in CLASSES[1:])])
 def test_nothing_but_a_transformer(name: str, tmp_path: pathlib.Path) -> None:
     """Needs no `part`; and has all that a whole model has."""
     module = build(name, heads=3)

@@ -40,8 +40,8 @@ from convert.files.unpacking import UNPACKED
 
 MEMORY = 64 << 20  # what one small file may take, in bytes
 # Lines of Python that it may take: up to 100 values of 7 lines each for a byte, where bytes share values (see
-# `_check_size`), and up to 200 for a byte that is an instruction, most of them of checking annotations. Twice the size is
-# twice the work: a square would be far beyond.
+# `_check_size`), and up to 200 for a byte that is an instruction, most of them of checking annotations. Twice the size
+# is twice the work: a square would be far beyond.
 STEPS, STEPS_PER_BYTE = 2000, 900
 
 NUMBERS = (0, 1, 2, 3, 8, 63, 64, 127, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**60, 2**63 - 1, 2**64 - 1)

@@ -1,6 +1,6 @@
 """What a test runs in a process of its own, for an accelerator that is not here. Prints JSON.
 
-python on_accelerators.py TARGET COMPILERS
+python on_accelerators.py TARGET MODEL COMPILERS
 """
 
 import json
@@ -12,13 +12,11 @@ sys.path.append(str(Path(__file__).parents[2] / 'benchmarks'))
 from targets import devices
 
 TOKENS = 4096  # patches, of which DeepViT has a token more
-MODELS = ('SimpleViT', 'DeepViT')
 
 
-def main(target: str, compilers: str) -> None:
+def main(target: str, name: str, compilers: str) -> None:
     there = devices(target, Path(compilers))
-    facts = {name: {'memory': memory(name, there[0]), 'exchanged': exchanged(name, there)} for name in MODELS}
-    print(json.dumps(facts))
+    print(json.dumps({'memory': memory(name, there[0]), 'exchanged': exchanged(name, there)}))
 
 
 def memory(name: str, device: Any) -> dict[str, list[int]]:
