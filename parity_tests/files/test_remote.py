@@ -125,6 +125,11 @@ def test_what_does_not_arrive(
     assert not kept(tmp_path)
 
 
+def test_a_large_file_may_take_hours() -> None:
+    patience = remote._patience()['client_kwargs']['timeout']
+    assert (patience.total, patience.sock_read) == (None, 60)
+
+
 def test_what_is_not_there(server: str) -> None:
     with pytest.raises(FileNotFoundError, match='there is no such file'):
         read(f'{server}/404/vit.pt')
