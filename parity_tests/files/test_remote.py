@@ -165,8 +165,12 @@ def test_a_library_is_missing(source: str, module: str, advice: str, monkeypatch
 
 def test_no_place_to_keep_it(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / 'file').touch()
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
-    np.testing.assert_array_equal(read(f'{server}/whole/vit.safetensors').tree['weight'], WEIGHTS)
+    with monkeypatch.context() as patch:
+        patch.setenv('XDG_CACHE_HOME', str(tmp_path / 'file'))
+        np.testing.assert_array_equal(read(f'{server}/whole/vit.safetensors').tree['weight'], WEIGHTS)
+    monkeypatch.setattr(os, 'access', lambda *_: False)  # as where a folder is for reading alone
+    np.testing.assert_array_equal(read(f'{server}/whole/b.safetensors').tree['weight'], WEIGHTS)
+    assert not kept(tmp_path)
 
 
 def test_paths_stay_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
