@@ -29,8 +29,8 @@ from convert.recognition.fields import resolve
 from convert.recognition.layouts import leaves
 from convert.recognition.names import Leaf
 from convert.recognition.unwrap import Unwrapped, unwrap
-from flax_vit import layers
-from flax_vit.folders.config import sha256
+from flax_vit import checks
+from flax_vit.folders.whole_files import sha256
 
 # How the arrays of a model's folder, or of what serve-export wrote, are named.
 OWN = re.compile(r'params/(transformer|to_patch_embedding_\d)/')
@@ -268,7 +268,7 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any], *, layout: str | No
 def floating_dtype(dtype: Any) -> np.dtype[Any]:
     """The dtype of a name or type. Raises ConversionError when weights can't have it."""
     try:
-        found = layers.floating_dtype('param_dtype', dtype)
+        found = checks.floating_dtype('param_dtype', dtype)
     except ValueError as error:
         raise ConversionError(str(error)) from error
     if found != jax.dtypes.canonicalize_dtype(found):
@@ -335,7 +335,7 @@ def provenance(inspection: Inspection) -> dict[str, Any]:
         'fields': {
             name: field.how
             for name, field in inspection.fields.items()
-            if name not in layers.COMPUTATION or field.how == 'given'
+            if name not in checks.COMPUTATION or field.how == 'given'
         },
         'left aside': dict(inspection.unwrapped.left_aside),
         'versions': {package.__name__: package.__version__ for package in (flax_vit, flax, jax, np)},

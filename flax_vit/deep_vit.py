@@ -18,6 +18,7 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from flax_vit import layers
+from flax_vit.checks import check_divisible, check_image_format, check_options, check_pool, check_rates, check_sizes
 from flax_vit.layers import (
     EPSILON,
     FeedForward,
@@ -25,12 +26,6 @@ from flax_vit.layers import (
     Layer,
     add,
     at_least_float32,
-    check_divisible,
-    check_image_format,
-    check_options,
-    check_pool,
-    check_rates,
-    check_sizes,
     embedding_of_smaller_images,
     grid_of,
     in_query_chunks,

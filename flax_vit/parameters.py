@@ -11,7 +11,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from flax_vit.architectures import MODELS, classes
-from flax_vit.layers import FLOATS, Transformer, pair
+from flax_vit.checks import FLOATS, pair
+from flax_vit.layers import Transformer
 
 
 def param_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:

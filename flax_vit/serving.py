@@ -13,8 +13,8 @@ from jax import Array, export
 from jaxtyping import Float
 
 from flax_vit.architectures import is_ours
-from flax_vit.folders.config import appearing_whole
-from flax_vit.layers import pair
+from flax_vit.checks import pair
+from flax_vit.folders.whole_files import appearing_whole
 from flax_vit.parameters import check_variables
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')

@@ -15,21 +15,8 @@ from jax import Array
 from jaxtyping import Float, Float32, Shaped
 
 from flax_vit import layers
-from flax_vit.layers import (
-    Identity,
-    Layer,
-    check_divisible,
-    check_image_format,
-    check_options,
-    check_sizes,
-    gelu,
-    grid_of,
-    in_query_chunks,
-    pair,
-    patch_embedding,
-    sequential,
-    weigh,
-)
+from flax_vit.checks import check_divisible, check_image_format, check_options, check_sizes, pair
+from flax_vit.layers import Identity, Layer, gelu, grid_of, in_query_chunks, patch_embedding, sequential, weigh
 from flax_vit.sharding import laid_out_by_the_compiler
 
 

@@ -17,11 +17,7 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from flax_vit import layers
-from flax_vit.layers import (
-    FeedForward,
-    Identity,
-    Layer,
-    add,
+from flax_vit.checks import (
     check_divisible,
     check_image_format,
     check_options,
@@ -29,11 +25,17 @@ from flax_vit.layers import (
     check_rates,
     check_sizes,
     check_switches,
+    pair,
+)
+from flax_vit.layers import (
+    FeedForward,
+    Identity,
+    Layer,
+    add,
     embedding_of_smaller_images,
     gelu,
     grid_of,
     in_query_chunks,
-    pair,
     sequential,
     weigh,
     with_class_token,

@@ -13,7 +13,8 @@ from flax import linen as nn
 
 from convert.architectures.way import Way
 from convert.errors import ConversionError, ConversionWarning
-from flax_vit.layers import grid_of, pair
+from flax_vit.checks import pair
+from flax_vit.layers import grid_of
 
 IDENTITY = 'torch.nn.modules.linear.Identity'
 MOST_SHOWN = 4  # of rates that differ

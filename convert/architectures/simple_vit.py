@@ -10,7 +10,7 @@ from einops import rearrange
 from convert.architectures.architecture import Architecture, AttentionMap, Field, Layout, one_or_pair, other_heads
 from convert.architectures.way import Way
 from convert.errors import ConversionError
-from flax_vit.layers import pair
+from flax_vit.checks import pair
 from flax_vit.simple_vit import SimpleViT, posemb_sincos_2d
 
 _B_COS = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from convert.architectures.architecture import Architecture, Field, Layout, dropout_rate, first_attention, heads_of
-from flax_vit.layers import COMPUTATION
+from flax_vit.checks import COMPUTATION
 
 BEGINNING = 'transformer.'  # of its names in the whole
 

@@ -23,7 +23,7 @@ from convert.architectures.architecture import (
 )
 from convert.architectures.way import ACTIVATIONS, Way, class_token_mistakes
 from convert.errors import ConversionError
-from flax_vit.layers import pair
+from flax_vit.checks import pair
 from flax_vit.vit import ViT
 
 # What releases computed differently from today's.

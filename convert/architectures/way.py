@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from einops import rearrange
 
-from flax_vit.layers import pair
+from flax_vit.checks import pair
 
 
 def to_tf32(x: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from convert.conversion import Inspection
 from convert.proof.measure import Row
 from convert.proof.parity import Report
 from convert.proof.saved_outputs import Comparison
-from flax_vit.layers import COMPUTATION
+from flax_vit.checks import COMPUTATION
 
 
 def show_inspection(inspection: Inspection) -> None:

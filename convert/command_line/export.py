@@ -9,8 +9,9 @@ import numpy as np
 from convert.conversion import to_torch
 from convert.errors import ConversionError
 from flax_vit import from_pretrained
-from flax_vit.folders.config import appearing_whole, new_config
+from flax_vit.folders.config import new_config
 from flax_vit.folders.saving import write_arrays
+from flax_vit.folders.whole_files import appearing_whole
 
 
 def export(folder: Path, target: Path, *, layout: str | None = None, overwrite: bool = False) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from convert.conversion import Inspection
 from flax_vit.architectures import name_of
-from flax_vit.layers import COMPUTATION
+from flax_vit.checks import COMPUTATION
 
 
 def facts_of(inspection: Inspection, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 from flax import linen as nn
 
 from convert.errors import ConversionError
-from flax_vit.layers import pair
+from flax_vit.checks import pair
 
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 

@@ -13,7 +13,7 @@ import numpy as np
 from einops import rearrange
 
 from convert.architectures.way import ROUNDINGS, Mistake, Way, owned, short
-from flax_vit.layers import pair
+from flax_vit.checks import pair
 
 HIGHEST = "set precision='highest'"
 

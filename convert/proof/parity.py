@@ -20,7 +20,7 @@ from convert.proof.measure import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, SMALLEST,
 from convert.proof.torch_side import TorchSide
 from convert.recognition.names import differences, leaf
 from flax_vit.architectures import name_of
-from flax_vit.layers import floating_dtype
+from flax_vit.checks import floating_dtype
 from flax_vit.parameters import check_variables, input_shape, reads_channels_last
 from flax_vit.stacking import unstack_layers
 

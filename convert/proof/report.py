@@ -17,8 +17,9 @@ from convert.errors import ConversionError
 from convert.proof.measure import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, Row
 from convert.proof.parity import Report
 from convert.versions import versions
-from flax_vit.folders.config import appearing_whole, read_config
-from flax_vit.layers import COMPUTATION
+from flax_vit.checks import COMPUTATION
+from flax_vit.folders.config import read_config
+from flax_vit.folders.whole_files import appearing_whole
 
 FORMAT = 'flax_vit report 1'
 

@@ -9,7 +9,7 @@ import numpy as np
 from convert.architectures import architecture_of
 from convert.conversion import Inspection
 from convert.errors import ConversionError
-from flax_vit.layers import COMPUTATION
+from flax_vit.checks import COMPUTATION
 
 
 class TorchSide:

@@ -13,7 +13,7 @@ from convert.architectures.architecture import Field, one_or_pair
 from convert.errors import ConversionError, printable
 from convert.recognition.fields import resolve
 from convert.recognition.layouts import MOST_LINES, Fit
-from flax_vit.layers import COMPUTATION, pair
+from flax_vit.checks import COMPUTATION, pair
 
 # Keys under which trainers keep the arguments of what they train. What stands elsewhere is this model's if it agrees
 # with the weights in as many fields as AGREE.

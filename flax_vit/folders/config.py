@@ -1,13 +1,9 @@
-"""What lies in a model's folder: `config.json`, which names the files of the weights, and how files appear whole."""
+"""What lies in a model's folder: `config.json`, which names the files of the weights, and whose they are."""
 
-import hashlib
 import json
 import os
 import re
-import secrets
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -17,9 +13,7 @@ import numpy as np
 from flax import linen as nn
 
 from flax_vit.architectures import classes, field_names, name_of
-
-if sys.platform != 'win32':
-    import fcntl
+from flax_vit.folders.whole_files import PARTIAL, sha256
 
 FORMAT = 'flax_vit 2'
 ONE_FILE = 'flax_vit 1'  # the format before weights could be in several files; read, no longer written
@@ -27,7 +21,6 @@ CONFIG = 'config.json'
 CARD = 'README.md'  # the Hugging Face Hub shows it as the model's page
 WEIGHTS = 'model-{}.safetensors'
 GOLDEN = 'golden/'  # begins the names of arrays that are no parameters
-PARTIAL = '.incomplete'  # ends the name of a file that is being written
 # What a killed save has left, of this version and of earlier ones; the last is what safetensors itself writes to.
 _WRITTEN = '|'.join(map(re.escape, (CONFIG, CARD, WEIGHTS.format('new'), 'model.safetensors')))
 LEFTOVER = (
@@ -89,59 +82,6 @@ def model_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = No
     return model_class(**{name: _from_json(name, value) for name, value in chosen.items()})
 
 
-@contextmanager
-def appearing_whole(target: Path) -> Iterator[Path]:
-    """A path to write to; what is written appears at `target`, at once, when the block ends without an error.
-
-    Others may write to `target` meanwhile: the path is nobody else's, and the last to end is seen.
-    Raises FileNotFoundError when the folder of `target` does not exist, and OSError, naming `target`, when the disk is
-    full or does not take it for another reason.
-    """
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f'{target.parent} is no folder: make it first, or write to another one.')
-    partial = target.with_name(f'{target.name}.{secrets.token_hex(4)}{PARTIAL}')
-    try:
-        partial.touch()
-        mode = partial.stat().st_mode
-        yield partial
-        partial.chmod(mode)  # safetensors would keep its files from other users
-        with partial.open('rb+') as file:
-            os.fsync(file.fileno())  # else the name could reach the disk before the bytes, and a power cut part them
-        partial.replace(target)
-    except OSError as error:
-        if error.errno is None or error.filename not in (None, str(partial)):
-            raise
-        raise OSError(error.errno, error.strerror, str(target)) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[Callable[[], None]]:
-    """For one thread of one process of this machine at a time, the others wait; a killed one holds up nobody.
-
-    Gives what brings the names in the folder to the disk. (Windows has neither for folders, some network's file systems
-    neither: there it is left to the caller that one saves at a time.)
-    """
-    if sys.platform == 'win32':
-        yield lambda: None
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield lambda: _synchronise(descriptor)
-    finally:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was forked meanwhile holds the descriptor, too
-        os.close(descriptor)
-
-
-def _synchronise(descriptor: int) -> None:
-    with suppress(OSError):
-        os.fsync(descriptor)
-
-
 def check_own(folder: Path) -> None:
     """ValueError unless a model may be saved to `folder`: it holds nothing, or nothing but such a model.
 
@@ -167,12 +107,6 @@ def check_hashes(folder: Path, config: Mapping[str, Any]) -> None:
         path = folder / file['file']
         if sha256(path) != file['sha256']:
             raise ValueError(f'{path} is damaged: its sha256 is not the one in config.json.')
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file's bytes, in hex digits."""
-    with path.open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def is_weights(name: str) -> bool:

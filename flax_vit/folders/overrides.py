@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import Array
 
-from flax_vit.layers import pair
+from flax_vit.checks import pair
 from flax_vit.parameters import input_shape, reads_channels_last
 
 CUT = {'patch_size', 'channels'}  # what the first matrix's rows are; others may happen to fit its shape

@@ -22,15 +22,13 @@ from flax_vit.folders.config import (
     CONFIG,
     GOLDEN,
     WEIGHTS,
-    appearing_whole,
     check_own,
     is_leftover,
     is_weights,
-    locked,
     new_config,
     read_config,
-    sha256,
 )
+from flax_vit.folders.whole_files import appearing_whole, locked, sha256
 from flax_vit.parameters import check_dtypes, check_variables
 from flax_vit.stacking import unstack_layers
 

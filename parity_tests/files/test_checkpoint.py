@@ -25,7 +25,7 @@ import torch
 
 from convert.errors import ConversionError
 from convert.files.checkpoint import Checkpoint, Foreign, array, read
-from flax_vit.folders.config import sha256
+from flax_vit.folders.whole_files import sha256
 from parity_tests.support.fuzz import Executed, archive, safetensors_file
 
 FLOATS = ['float64', 'float32', 'float16', 'bfloat16']

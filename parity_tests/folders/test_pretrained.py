@@ -228,7 +228,7 @@ def test_many_save_and_read_at_once(tmp_path: pathlib.Path) -> None:
 FORKED = """
 import fcntl, os, signal
 from pathlib import Path
-from flax_vit.folders.config import locked
+from flax_vit.folders.whole_files import locked
 with locked(Path()):
     child = os.fork()
     if not child:

@@ -17,7 +17,7 @@ from jax.sharding import AxisType
 
 import convert
 from flax_vit import DeepViT, SimpleViT, ViT, from_pretrained, save_pretrained, stack_layers, unstack_layers
-from flax_vit.layers import pair
+from flax_vit.checks import pair
 from parity_tests.support.reference import CONFIGURATIONS, QUICK, converted, pytorch
 
 

@@ -21,7 +21,7 @@ import convert
 import convert.proof.plots
 from convert.command_line.cli import main
 from convert.proof.report import figures_of, write_json, write_page
-from flax_vit.folders.config import sha256
+from flax_vit.folders.whole_files import sha256
 
 BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable', 'chrome')
 # What a stranger may call a file, and what is in it.

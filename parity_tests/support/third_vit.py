@@ -13,7 +13,8 @@ from jaxtyping import Float, Shaped
 from vit_pytorch import simple_vit
 
 from convert.architectures.architecture import Architecture, AttentionMap, Axis, Layout
-from flax_vit.layers import Identity, Layer, add, pair, sequential, to_patches
+from flax_vit.checks import pair
+from flax_vit.layers import Identity, Layer, add, sequential, to_patches
 from flax_vit.sharding import laid_out_by_the_compiler
 from flax_vit.simple_vit import Transformer
 
