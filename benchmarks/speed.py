@@ -12,6 +12,7 @@ first call beyond that of the second.
 import itertools
 import json
 import multiprocessing
+import re
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -137,15 +138,15 @@ def draw(results: list[dict[str, Any]], target: Path) -> None:
 @click.command()
 @click.option('--quick', is_flag=True, help='The smallest case of each model, to see that it runs.')
 @click.option('--rounds', type=click.IntRange(1), default=5, show_default=True, help='Of all ways in turn, per case.')
-@click.option('--only', default='', help="Only cases whose name has this in it: 'S/16', 'training', 'DeepViT B/16'.")
+@click.option('--only', default='', help="Only cases in whose name this is found: 'S/16', 'training', '^ViT'.")
 @click.option('--json', 'data', type=click.Path(path_type=Path), help='Write every measurement here.')
 @click.option('--picture', type=click.Path(path_type=Path), help='Write a picture of it here (.png, .svg).')
 def main(quick: bool, rounds: int, only: str, data: Path | None, picture: Path | None) -> None:
-    """Measure the port beside PyTorch: forward and training step, both models, four sizes."""
+    """Measure the port beside PyTorch: forward and training step, all models, four sizes."""
     gpu, about = on_gpu(), machine()
     console = Console()
     console.print(about)  # first: whether it is the GPU that is measured
-    chosen = [case for case in cases(quick=quick, gpu=gpu) if only in str(case)]
+    chosen = [case for case in cases(quick=quick, gpu=gpu) if re.search(only, str(case))]
     results = []
     for case in track(chosen, 'Measuring …', console=Console(stderr=True)):
         results.append(measure(case, rounds, SIDE['gpu' if gpu else 'cpu']))
