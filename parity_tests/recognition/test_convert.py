@@ -185,7 +185,7 @@ def test_weights_that_are_no_floats_are_refused(simple: torch.nn.Module, dtype: 
 
 
 def test_other_sources_are_refused(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(ConversionError, match=r'path, a state dict or a torch.nn.Module, not a int'):
+    with pytest.raises(ConversionError, match=r'path, an address, a state dict or a torch.nn.Module, not a int'):
         convert.from_torch(3)
     with pytest.raises(ConversionError, match='There are no tensors here'):
         convert.from_torch({})
