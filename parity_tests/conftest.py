@@ -23,6 +23,13 @@ def float64() -> Iterator[None]:
 
 
 @pytest.fixture
+def threefry() -> Iterator[None]:
+    """Random numbers as the processes draw them that a test starts, and as users have them."""
+    with jax.default_prng_impl('threefry2x32'):
+        yield
+
+
+@pytest.fixture
 def checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Annotations are checked, also where JAXTYPING_DISABLE says otherwise."""
     monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', False)

@@ -141,7 +141,7 @@ def changed_fields(name: str, changed: Any) -> None:
         assert changed['parameters']['params/pos_embedding']['shape'] == [1, 37, 32]
 
 
-def test_two_processes_read_only_their_slices(folders: dict[str, pathlib.Path]) -> None:
+def test_two_processes_read_only_their_slices(folders: dict[str, pathlib.Path], threefry: None) -> None:
     folder = folders['deep']
     images = np.random.default_rng(0).normal(size=(2, 16, 16, 3))
     np.save(folder.parent / 'images.npy', images)
@@ -171,7 +171,7 @@ def test_two_processes_read_only_their_slices(folders: dict[str, pathlib.Path]) 
     assert not pathlib.Path(f'{folder}-split').exists()
     with jax.enable_x64(True):
         assert_equal(from_pretrained(f'{folder}-again')[1], variables)
-        with pytest.warns(PretrainedWarning), jax.default_prng_impl('threefry2x32'):  # as the processes draw it
+        with pytest.warns(PretrainedWarning):
             _, fitted = from_pretrained(folder, **OTHER_FIELDS)
         assert_equal(from_pretrained(f'{folder}-fitted')[1], fitted)  # a new head, resized positions
 
@@ -314,9 +314,7 @@ def assert_equal_specs(one: Any, other: Any) -> None:
     assert jax.tree.map(lambda sharding: sharding.spec, one) == jax.tree.map(lambda sharding: sharding.spec, other)
 
 
-def test_a_training_state_moves_between_one_device_and_eight(
-    tmp_path: pathlib.Path,
-) -> None:
+def test_a_training_state_moves_between_one_device_and_eight(tmp_path: pathlib.Path, threefry: None) -> None:
     model = MODELS['deep'].clone(param_dtype=np.dtype('float32'))
     save_pretrained(tmp_path / 'vit', model, variables_of(model))
     state = jax.jit(training_state, static_argnums=0)(model)
