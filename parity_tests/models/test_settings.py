@@ -36,6 +36,9 @@ RUN: dict[str, Callable[[], AbstractContextManager[Any]]] = {  # what changes ho
 IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 both_models = pytest.mark.parametrize('name', MODELS)
 every_way = pytest.mark.parametrize('way', WAYS)
+slow_but_one = pytest.mark.parametrize(
+    'name', [pytest.param(name, marks=[] if name == 'deep' else pytest.mark.slow) for name in MODELS]
+)
 
 
 @cache
@@ -74,7 +77,7 @@ def loss(model: Any, variables: Any) -> Any:
 
 @pytest.mark.parametrize('setting', TRACED)
 @every_way
-@both_models
+@slow_but_one
 def test_what_jax_can_forbid(name: str, way: str, setting: str) -> None:
     model, variables = in_a_way(name, way)
     with TRACED[setting]():
@@ -84,7 +87,7 @@ def test_what_jax_can_forbid(name: str, way: str, setting: str) -> None:
 
 @pytest.mark.parametrize('setting', RUN)
 @pytest.mark.parametrize('way', ['plain', 'scanned'])
-@both_models
+@slow_but_one
 def test_how_jax_can_run(name: str, way: str, setting: str) -> None:
     model, variables = in_a_way(name, way)
     with RUN[setting]():
