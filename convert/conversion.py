@@ -124,7 +124,7 @@ def inspect(
     Raises:
         ConversionError: When there is no model here that a layout fits, or several, or a field contradicts the
             weights.
-        FileNotFoundError: When the path is not there.
+        OSError: When the source cannot be read; FileNotFoundError when it is not there.
     """
     if part not in (None, 'transformer'):
         raise ConversionError(f"part must be 'transformer', or left out for a whole model, not {part!r}.")
@@ -201,7 +201,7 @@ def from_torch(
 
     Raises:
         ConversionError: As of `inspect`; and when a field is known from nowhere, naming the argument that tells it.
-        FileNotFoundError: When the path is not there.
+        OSError: When the source cannot be read; FileNotFoundError when it is not there.
     """
     inspection = inspect(source, key=key, part=part, release=release, **overrides)
     model = inspection.model

@@ -15,6 +15,7 @@ from click.core import ParameterSource
 from click.exceptions import Exit
 from rich.markup import escape
 
+from convert.caches import cache_folder
 from convert.command_line.console import err, let_go, print_anything
 from flax_vit import __version__
 
@@ -96,7 +97,7 @@ def inspect_command(**arguments: Any) -> None:
     """Say what CHECKPOINT is, how each of its tensors would be converted, and by which command; nothing is written.
 
     CHECKPOINT is a file (.pt, .pth, .safetensors, …: the content tells) or a folder that holds one, or a folder that
-    `convert` wrote. It may be afar (hf://owner/name, https://…), or come on standard input (-).
+    `convert` wrote. It may be remote (hf://owner/name, https://…), or come on standard input (-).
     """
     from convert.command_line import commands
 
@@ -224,11 +225,10 @@ def keep_compiled() -> None:
     """
     if CACHE in os.environ:
         return
-    with suppress(OSError, RuntimeError):  # nobody's home is known, the disk is full or for reading alone
-        folder = Path(os.environ.get('XDG_CACHE_HOME') or Path('~/.cache').expanduser()) / 'flax-vit'
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            return
+    folder = cache_folder('flax-vit')
+    if folder is None:
+        return
+    with suppress(OSError):  # another command may be at it, too
         trim(folder, CACHE_BYTES)
         os.environ[CACHE] = str(folder)
         os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')  # a small model's programs, too

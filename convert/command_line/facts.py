@@ -46,8 +46,10 @@ def facts_of(inspection: Inspection, options: Mapping[str, Any]) -> dict[str, An
 def convert_line(inspection: Inspection, options: Mapping[str, Any]) -> str:
     """The command that converts what was inspected with `options`; what must be filled in, in capitals."""
     asked = [name for name, field in inspection.fields.items() if field.how == 'unknown' and field.why]
-    folder = f'{Path(inspection.source).name.partition(".")[0]}-flax'
-    return command_line('convert', inspection.source, folder, **options, **{name: name.upper() for name in asked})
+    name = Path(inspection.source).name.partition('.')[0].strip('-') or 'vit'  # '-' is standard input
+    return command_line(
+        'convert', inspection.source, f'{name}-flax', **options, **{name: name.upper() for name in asked}
+    )
 
 
 def plain(value: Any) -> Any:

@@ -19,25 +19,19 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from convert.caches import cache_folder
 from convert.errors import ConversionError
 from convert.files.folders import checkpoint_names, shards
-from flax_vit.folders.hub import asking, huggingface_hub
+from flax_vit.folders.hub import NAME, asking, huggingface_hub
+from flax_vit.folders.whole_files import appearing_whole
 
 _ADDRESS = re.compile(r'([a-z][a-z0-9+.-]+)://.+')
-_ON_THE_HUB = re.compile(r'(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<path>.+))?')
-_REPOSITORY = re.compile(r'\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?')
+_ON_THE_HUB = re.compile(r'(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>refs/\w+/[^/]+|[^/]+))?(/(?P<path>.+))?')
+_REPOSITORY = re.compile(rf'{NAME}(@[\w.-]+)?')
 _SHARD = re.compile(r'.*-\d+-of-\d+\.\w+')
 _SECONDS = 60  # without a byte, after which a server is given up
-_VERSION = (
-    'ETag',
-    'etag',
-    'Last-Modified',
-    'LastModified',
-    'mtime',
-    'md5Hash',
-    'created',
-    'size',
-)  # by the servers' kinds
+# What servers of one kind or another tell a file's versions by.
+_VERSION = ('ETag', 'etag', 'Last-Modified', 'LastModified', 'mtime', 'md5Hash', 'created', 'size')
 
 
 def local_path(source: str | os.PathLike[str]) -> Path:
@@ -110,30 +104,28 @@ def _only_checkpoint(source: str, folder: PurePosixPath, files: list[str]) -> Pu
 
 def _download(address: str, scheme: str) -> Path:
     """The file at an address, as it was kept if the server has no other by now."""
+    name = Path(unquote(urlsplit(address).path)).name or 'download'
     try:
         import fsspec
+        import tqdm  # noqa: F401 - without it a TqdmCallback fails twice
         from fsspec.callbacks import TqdmCallback
 
+        bar = TqdmCallback({'desc': name, 'unit': 'B', 'unit_scale': True, 'disable': None})  # None: but on a terminal
         files, path = fsspec.core.url_to_fs(address, **(_patience() if scheme in ('http', 'https') else {}))
     except (ImportError, ValueError) as error:
         raise ConversionError(
             f"{address} is read by fsspec: pip install 'flax-vit[remote]', for s3:// s3fs too, for gs:// gcsfs. Or "
             f'download it, and give its path. ({error})'
         ) from error
-    name = Path(unquote(urlsplit(address).path)).name or 'download'
-    bar = {'desc': name, 'unit': 'B', 'unit_scale': True, 'disable': None}  # None: where it is no terminal
     try:
         info = files.info(path)
         version = hashlib.sha256(repr([address, *(str(info.get(key)) for key in _VERSION)]).encode()).hexdigest()
-        target = _downloads() / version[:16] / name
+        target = (cache_folder('flax-vit-downloads') or Path(_temporary().name)) / version[:16] / name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            with TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as folder:
-                part = Path(folder) / name
-                with TqdmCallback(bar) as callback:
-                    files.get_file(path, str(part), callback=callback)
-                _check(part, info)
-                part.replace(target)
+            with appearing_whole(target) as partial, bar:
+                files.get_file(path, str(partial), callback=bar)
+                _check(partial, info)
     except Exception as error:  # of any of the libraries that fsspec reads with
         cause = error.__cause__ or error  # of every refusal fsspec says that there is no file
         if isinstance(error, FileNotFoundError) and (cause is error or getattr(cause, 'status', None) == 404):
@@ -147,16 +139,6 @@ def _patience() -> dict[str, Any]:
     import aiohttp
 
     return {'client_kwargs': {'timeout': aiohttp.ClientTimeout(sock_connect=_SECONDS, sock_read=_SECONDS)}}
-
-
-def _downloads() -> Path:
-    """The folder where downloads are kept, or one for now where there is no place to keep them."""
-    with suppress(OSError, RuntimeError):  # nobody's home is known, or it is for reading alone
-        folder = Path(os.environ.get('XDG_CACHE_HOME') or Path('~/.cache').expanduser()) / 'flax-vit-downloads'
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    return Path(_temporary().name)
 
 
 def _check(file: Path, info: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What lies in a model's folder: `config.json`, which names the files of the weights, and whose they are."""
+"""What lies in a model's folder: `config.json`, which names the files of the weights, and which files are its own."""
 
 import json
 import os

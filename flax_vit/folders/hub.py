@@ -10,6 +10,8 @@ from types import ModuleType
 from flax_vit.folders.card import card, is_card
 from flax_vit.folders.config import CARD, CONFIG, check_hashes, is_weights, read_config
 
+NAME = r'\w[\w.-]*/\w[\w.-]*'  # of a repository
+
 
 def local_folder(
     name: str | os.PathLike[str], *, revision: str | None = None, cache_dir: str | os.PathLike[str] | None = None
@@ -17,8 +19,8 @@ def local_folder(
     """The folder of that name, or the local copy of the model `owner/name` on the hub, fetched where it is needed.
 
     The copy is the hub library's: one per commit, in `cache_dir` or the library's own; with HF_HUB_OFFLINE=1 nothing
-    else is asked. Raises FileNotFoundError when there is neither, ValueError for a `revision` of a folder here, and
-    ImportError when the library is missing.
+    else is asked. Raises FileNotFoundError when there is neither, another OSError when the hub cannot be read,
+    ValueError for a `revision` of a folder here, and ImportError when the library is missing.
     """
     if Path(name).exists() or isinstance(name, os.PathLike):
         if revision is not None:
@@ -26,7 +28,7 @@ def local_folder(
                 f'{name} is taken for a folder here, which has no revision {revision}; only the hub knows revisions.'
             )
         return Path(name)
-    if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name):
+    if not re.fullmatch(NAME, name):
         raise FileNotFoundError(f"{name} is neither a folder here nor a name on the Hugging Face Hub ('owner/name').")
     hub = huggingface_hub()
     with asking(hub, name, revision):

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -22,7 +21,7 @@ import safetensors.numpy
 from convert.errors import ConversionError
 from convert.files import remote
 from convert.files.checkpoint import read
-from parity_tests.support.hub_server import serving
+from parity_tests.support.hub_server import check_beginnings, client, serving
 
 WEIGHTS = np.arange(300_000, dtype=np.float32)  # more than one chunk of a socket
 CONTENT = safetensors.numpy.save({'weight': WEIGHTS})
@@ -130,6 +129,18 @@ def test_a_large_file_may_take_hours() -> None:
     assert (patience.total, patience.sock_read) == (None, 60)
 
 
+def test_a_bar_where_somebody_looks(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, 'stderr', stream)
+        read(f'{server}/whole/{type(stream).__name__}.safetensors')
+        assert ('Terminal.safetensors: 100%' in stream.getvalue()) == stream.isatty()
+    assert not stream.getvalue()
+
+
 def test_what_is_not_there(server: str) -> None:
     with pytest.raises(FileNotFoundError, match='there is no such file'):
         read(f'{server}/404/vit.pt')
@@ -152,7 +163,8 @@ def test_whatever_fsspec_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     [
         ('https://example.com/vit.pt', 'aiohttp', r"pip install 'flax-vit\[remote\]'"),
         ('s3://bucket/vit.pt', 's3fs', 's3fs'),
-        ('strange://bucket/vit.pt', '', 'download it, and give its path'),
+        ('strange://bucket/vit.pt', 'no_such_module', 'download it, and give its path'),
+        ('https://example.com/vit.pt', 'tqdm', r"pip install 'flax-vit\[remote\]'"),
         ('https://example.com/vit.pt', 'fsspec', r"pip install 'flax-vit\[remote\]'"),
         ('hf://owner/vit', 'huggingface_hub', r"pip install 'flax-vit\[hub\]'"),
     ],
@@ -174,7 +186,7 @@ def test_no_place_to_keep_it(server: str, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_paths_stay_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder, also one of a name that an address could have; a file that is not there is not looked for afar."""
+    """A folder, also one of a name that an address could have; a file that is not there is not looked for elsewhere."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HOME', str(tmp_path))
     for folder in ('owner/vit', 'http:/host'):
@@ -211,13 +223,8 @@ for source in json.loads(sys.argv[1]):
 
 def on_the_hub(sources: list[str], folder: Path, **environment: str) -> list[Any]:
     """What reading each gives: names of tensors and files, or the error."""
-    environment |= {'HF_HOME': str(folder / 'home'), 'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'HF_HUB_ETAG_TIMEOUT': '1'}
-    program = [sys.executable, '-c', ON_THE_HUB, json.dumps(sources)]
-    ended = subprocess.run(
-        program, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False, timeout=600
-    )
-    assert ended.returncode == 0, ended.stderr
-    return [json.loads(line) for line in ended.stdout.splitlines()]
+    lines = client(ON_THE_HUB, folder, json.dumps(sources), HF_HUB_ETAG_TIMEOUT='1', **environment)
+    return [json.loads(line) for line in lines]
 
 
 def test_repositories_of_the_hub(tmp_path: Path) -> None:
@@ -275,9 +282,21 @@ def test_repositories_of_the_hub(tmp_path: Path) -> None:
         'ConversionError: hf://owner is no address on the Hugging Face Hub',
         'ConversionError: ',
     )
-    for error, words in zip(errors, expected, strict=True):
-        assert error.startswith(words), error
+    check_beginnings(errors, expected)
     assert 'is not the plain name of a file beside it' in errors[-1]
+
+    class Moving(list[str]):
+        """Somebody pushes as soon as the index is fetched."""
+
+        def append(self, name: str) -> None:
+            super().append(name)
+            hub.commits['owner/shards'].append(('2' * 40, dict.fromkeys((*shards, 'config.json'), b'')))
+
+    with serving() as (address, hub):
+        hub.commits['owner/shards'] = [(new, repositories['owner/shards'])]
+        hub.downloads = Moving()
+        (tmp_path / 'moving').mkdir()
+        assert on_the_hub(['owner/shards'], tmp_path / 'moving', HF_ENDPOINT=address) == [shards_read]
 
     sources = ['hf://owner/one/model.safetensors', 'owner/one', 'hf://owner/else/model.safetensors']
     again, unlisted, missing = on_the_hub(sources, tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE='1')
@@ -286,3 +305,18 @@ def test_repositories_of_the_hub(tmp_path: Path) -> None:
     assert 'unset HF_HUB_OFFLINE' in missing
     (unreachable,) = on_the_hub(['owner/one'], tmp_path, HF_ENDPOINT='http://127.0.0.1:9')
     assert unreachable.startswith('OSError: owner/one: the Hugging Face Hub cannot be read: Connect'), unreachable
+
+
+@pytest.mark.parametrize(
+    ('name', 'parts'),
+    [
+        ('owner/vit', ('owner/vit', None, None)),
+        ('owner/vit@v1/a/b.pt', ('owner/vit', 'v1', 'a/b.pt')),
+        ('owner/vit@refs/pr/1/b.pt', ('owner/vit', 'refs/pr/1', 'b.pt')),
+        ('owner/vit@refs/convert/safetensors', ('owner/vit', 'refs/convert/safetensors', None)),
+    ],
+)
+def test_addresses_on_the_hub(name: str, parts: tuple[str | None, ...]) -> None:
+    found = remote._ON_THE_HUB.fullmatch(name)
+    assert found is not None
+    assert (found['repository'], found['revision'], found['path']) == parts

@@ -18,7 +18,7 @@ LOGITS = {
     'simple': [[0.7447937, 0.0937826, -0.3040999], [0.4227459, -0.0048261, -0.3365111]],
     'deep': [[-0.5248761, 0.4434842, 0.4982336], [0.2088389, 0.0376846, -0.6319733]],
 }
-reads_it = tuple(map(int, jax.__version__.split('.')[:3])) >= (0, 10, 2)
+reads_it = jax.__version_info__ >= (0, 10, 2)
 both = pytest.mark.parametrize('name', LOGITS)
 
 

@@ -1,9 +1,7 @@
 """Models on the Hugging Face Hub: published and read through its own library, from a server on this machine."""
 
 import json
-import os
 import pathlib
-import subprocess
 import sys
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 
 from flax_vit import from_pretrained, push_to_hub, save_pretrained
 from flax_vit.folders.config import read_config
-from parity_tests.support.hub_server import serving
+from parity_tests.support.hub_server import check_beginnings, client, serving
 from parity_tests.support.pages import ROOT, blocks
 from parity_tests.support.small_models import MODELS, variables_of
 
@@ -47,22 +45,6 @@ print(error('google/vit'))
 """
 
 
-def client(script: str, folder: pathlib.Path, **environment: str) -> list[str]:
-    """What `script` prints; the library reads the environment when it is imported."""
-    environment |= {'HF_HOME': str(folder / 'home'), 'HF_TOKEN': 'hf_x', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'}
-    ended = subprocess.run(
-        [sys.executable, '-c', CLIENT + script],
-        cwd=folder,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout.splitlines()
-
-
 def total(model: Any, variables: Any) -> str:
     return str(
         (type(model).__name__, float(sum(np.abs(np.asarray(leaf)).sum() for leaf in jax.tree.leaves(variables))))
@@ -76,7 +58,7 @@ def test_published_and_read(tmp_path: pathlib.Path) -> None:
     with serving() as (address, hub):
         foreign = {'config.json': b'{"model_type": "vit"}', 'model-00001-of-00002.safetensors': b'...'}
         hub.commits['google/vit'] = [('0' * 40, foreign)]
-        now, before, elsewhere, first, *errors = client(ONLINE, tmp_path, HF_ENDPOINT=address)
+        now, before, elsewhere, first, *errors = client(CLIENT + ONLINE, tmp_path, HF_ENDPOINT=address)
     assert now == elsewhere == total(*from_pretrained(tmp_path / 'new'))
     assert before == total(*from_pretrained(tmp_path / 'old'))
     expected = (
@@ -85,8 +67,7 @@ def test_published_and_read(tmp_path: pathlib.Path) -> None:
         'FileNotFoundError: someone/vit is nothing here',
         'ValueError: ',
     )
-    for error, words in zip(errors, expected, strict=True):
-        assert error.startswith(words), error
+    check_beginnings(errors, expected)
     assert 'config.json is not the configuration of a model' in errors[-1]
 
     (_, nothing), (oid, published), (_, latest) = hub.commits['someone/vit']
@@ -100,7 +81,9 @@ def test_published_and_read(tmp_path: pathlib.Path) -> None:
     assert hub.downloads.count('README.md') == 1  # by the second push, to see whether somebody has edited it
 
     script = "print(total('someone/vit'), error('someone/else'), sep='\\n')"
-    again, missing = client(script, tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE='1')  # and nobody serves any more
+    again, missing = client(
+        CLIENT + script, tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE='1'
+    )  # and nobody serves any more
     assert again == now
     assert 'someone/else is nothing here, nor is a copy of it kept' in missing
     assert 'unset HF_HUB_OFFLINE' in missing
@@ -136,7 +119,7 @@ def test_what_others_have_published_or_edited_is_kept(tmp_path: pathlib.Path) ->
             ('someone/edited', old | {'README.md': old['README.md'] + b'mine'}),
         ):
             hub.commits[name] = [('0' * 40, files)]
-        refused, *_ = client(ONTO_OTHERS, tmp_path, HF_ENDPOINT=address)
+        refused, *_ = client(CLIENT + ONTO_OTHERS, tmp_path, HF_ENDPOINT=address)
     assert refused.startswith('ValueError: google/vit on the Hugging Face Hub is left as it is; give another name: ')
     assert 'config.json is not the configuration of a model' in refused
     assert [files for _, files in hub.commits['google/vit']] == [foreign]
@@ -181,5 +164,5 @@ def test_the_page(tmp_path: pathlib.Path) -> None:
     model = MODELS['deep']
     save_pretrained(tmp_path / 'deep-vit', model, variables_of(model))
     with serving() as (address, hub):
-        client(block, tmp_path, HF_ENDPOINT=address)
+        client(CLIENT + block, tmp_path, HF_ENDPOINT=address)
         assert list(hub.commits) == ['owner/deep-vit']

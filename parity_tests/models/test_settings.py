@@ -13,6 +13,7 @@ import pytest
 from flax import linen as nn
 
 from flax_vit import DeepViT, SimpleViT, ViT, from_pretrained, save_pretrained, stack_layers
+from parity_tests.support.slow import slow_but
 from parity_tests.support.small_models import variables_of as random_variables
 
 SIZES: Any = {'image_size': 8, 'patch_size': 4, 'num_classes': 3, 'dim': 8, 'depth': 1, 'heads': 2, 'mlp_dim': 8}
@@ -36,9 +37,7 @@ RUN: dict[str, Callable[[], AbstractContextManager[Any]]] = {  # what changes ho
 IMAGES = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
 both_models = pytest.mark.parametrize('name', MODELS)
 every_way = pytest.mark.parametrize('way', WAYS)
-slow_but_one = pytest.mark.parametrize(
-    'name', [pytest.param(name, marks=[] if name == 'deep' else pytest.mark.slow) for name in MODELS]
-)
+deep_first = pytest.mark.parametrize('name', slow_but('deep', MODELS))
 
 
 @cache
@@ -77,7 +76,7 @@ def loss(model: Any, variables: Any) -> Any:
 
 @pytest.mark.parametrize('setting', TRACED)
 @every_way
-@slow_but_one
+@deep_first
 def test_what_jax_can_forbid(name: str, way: str, setting: str) -> None:
     model, variables = in_a_way(name, way)
     with TRACED[setting]():
@@ -87,7 +86,7 @@ def test_what_jax_can_forbid(name: str, way: str, setting: str) -> None:
 
 @pytest.mark.parametrize('setting', RUN)
 @pytest.mark.parametrize('way', ['plain', 'scanned'])
-@slow_but_one
+@deep_first
 def test_how_jax_can_run(name: str, way: str, setting: str) -> None:
     model, variables = in_a_way(name, way)
     with RUN[setting]():

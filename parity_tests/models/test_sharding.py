@@ -35,6 +35,7 @@ from flax_vit import (
 from flax_vit.parameters import param_shapes
 from parity_tests.support.on_devices import OTHER_FIELDS, training_state
 from parity_tests.support.pages import ROOT, blocks
+from parity_tests.support.slow import slow_but
 from parity_tests.support.small_models import assert_equal, variables_of
 
 SIZES: Any = {'image_size': 16, 'patch_size': 4, 'dim': 32, 'depth': 1, 'heads': 4, 'dim_head': 8, 'mlp_dim': 64}
@@ -80,9 +81,7 @@ def test_on_eight_devices(name: str, folders: dict[str, pathlib.Path]) -> None:
     changed_fields(name, facts['changed'])
 
 
-@pytest.mark.parametrize(
-    'name', ['simple', *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != 'simple')]
-)
+@pytest.mark.parametrize('name', slow_but('simple', MODELS))
 def test_a_mesh_with_explicit_axes(name: str, folders: dict[str, pathlib.Path]) -> None:
     """jax.make_mesh's default: the same numbers as on one device, lying where the images and the parameters do."""
     facts = result(start('explicit', str(folders[name])))

@@ -19,6 +19,7 @@ import convert
 from flax_vit import DeepViT, SimpleViT, ViT, from_pretrained, save_pretrained, stack_layers, unstack_layers
 from flax_vit.checks import pair
 from parity_tests.support.reference import CONFIGURATIONS, QUICK, converted, pytorch
+from parity_tests.support.slow import slow_but
 
 
 def assert_same_bits(one: Any, other: Any) -> None:
@@ -170,13 +171,7 @@ def trained(**fields: Any) -> tuple[Any, set[bytes], float]:
     return (value, gradients), set(different), float(np.mean(list(different.values())))
 
 
-@pytest.mark.parametrize(
-    'fields',
-    [
-        pytest.param(fields, marks=pytest.mark.slow if len(fields) == 1 else [], id='-'.join(fields) or 'plain')
-        for fields in DRAWS
-    ],
-)
+@pytest.mark.parametrize('fields', slow_but(DRAWS[-1], DRAWS), ids=lambda fields: '-'.join(fields) or 'plain')
 def test_dropout_in_every_way(fields: dict[str, Any]) -> None:
     """`remat` draws the same masks; the other ways draw their own, at the same rate, and none twice."""
     results, masks, left = trained(**fields)

@@ -12,6 +12,7 @@ FLOORS = (
     'flax_vit.lazy',
     'flax_vit',
     'convert.errors',
+    'convert.caches',
     'convert.versions',
     'convert.files',
     'convert.architectures',

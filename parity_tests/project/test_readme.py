@@ -12,6 +12,7 @@ import sysconfig
 import pytest
 
 from parity_tests.support.pages import PAGES, ROOT, blocks
+from parity_tests.support.slow import slow_but
 
 SCRIPTS = pathlib.Path(sysconfig.get_path('scripts'))
 # What one process alone cannot run: test_sharding.py joins two, test_hub.py has a hub.
@@ -41,12 +42,7 @@ def folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.P
 
 
 @pytest.mark.parametrize(
-    'page',
-    [
-        pytest.param(page, marks=[] if page == PAGES[0] else pytest.mark.slow, id=page.stem)
-        for page in PAGES
-        if blocks(page, 'python')
-    ],
+    'page', slow_but(PAGES[0], [page for page in PAGES if blocks(page, 'python')]), ids=lambda page: page.stem
 )
 @pytest.mark.filterwarnings('ignore::convert.ConversionWarning')  # the examples assume, and are told so
 def test_from_top_to_bottom(page: pathlib.Path, folder: pathlib.Path) -> None:

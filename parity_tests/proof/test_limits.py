@@ -14,6 +14,7 @@ from convert.proof.measure import FALSE_ALARMS, RATIO, Row, Sides, compare, move
 from convert.proof.saved_outputs import compare_outputs
 from parity_tests.proof.false_alarms import results
 from parity_tests.support.reference import perturbed
+from parity_tests.support.slow import slow_but
 
 
 def row(port: float, torch: float, *, exact: float = 0.0, runs: int = 1) -> Row:
@@ -111,7 +112,7 @@ def test_right_ports_are_called_right() -> None:
     assert [each for each in wrong if each[1]] == []
 
 
-@pytest.mark.parametrize('seed', [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 5))])
+@pytest.mark.parametrize('seed', slow_but(0, (0, 2, 5)))
 def test_two_heads_with_gradients(seed: int) -> None:
     """Ill-conditioned: with these weights one pair of runs was up to 5 times apart, on one machine at least."""
     assert convert.verify(perturbed(small(heads=2), seed), gradients=True, seed=seed, count=2).right

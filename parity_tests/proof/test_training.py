@@ -23,6 +23,7 @@ from parity_tests.support.reference import (
     random_images,
     relative_error,
 )
+from parity_tests.support.slow import slow_but
 
 # A step moves a parameter by at most about the learning rate. What Adam divides by is at least its epsilon (1e-8), so
 # a gradient's rounding (1e-16 where many cancel) moves it by 1e-8 of that at the most; the learning rate is 1e-3.
@@ -75,7 +76,7 @@ def training_errors(configuration: Configuration, optimizer: str) -> dict[str, f
 
 
 @pytest.mark.parametrize('optimizer', OPTIMIZERS)
-@pytest.mark.parametrize('name', [*TRAINED[:1], *(pytest.param(name, marks=pytest.mark.slow) for name in TRAINED[1:])])
+@pytest.mark.parametrize('name', slow_but(TRAINED[0], TRAINED))
 def test_parameters_after_1_3_and_10_steps(name: str, optimizer: str, float64: None) -> None:
     check(training_errors(CONFIGURATIONS[name], optimizer), BOUND)
 

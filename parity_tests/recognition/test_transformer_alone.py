@@ -16,6 +16,7 @@ from convert import ConversionError
 from convert.architectures import layouts_of_all, transformers
 from convert.architectures.architecture import Layout
 from parity_tests.support.reference import perturbed
+from parity_tests.support.slow import slow_but
 from parity_tests.support.small_models import assert_equal, variables_of
 
 pytestmark = pytest.mark.filterwarnings('ignore::convert.ConversionWarning')  # of dropout, of the rest
@@ -80,7 +81,7 @@ def test_a_live_model_tells_the_heads(name: str) -> None:
         convert.from_torch(two, part='transformer')
 
 
-@pytest.mark.parametrize('name', [CLASSES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in CLASSES[1:])])
+@pytest.mark.parametrize('name', slow_but(CLASSES[0], CLASSES))
 def test_nothing_but_a_transformer(name: str, tmp_path: pathlib.Path) -> None:
     """Needs no `part`; and has all that a whole model has."""
     module = build(name, heads=3)

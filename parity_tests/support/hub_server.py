@@ -3,12 +3,16 @@
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 
 Files = dict[str, bytes]
@@ -114,6 +118,28 @@ def tree_entry(path: str, data: bytes) -> dict[str, Any]:
 def digest(data: bytes) -> str:
     """As git names things."""
     return hashlib.sha1(data).hexdigest()
+
+
+def client(script: str, folder: Path, *arguments: str, **environment: str) -> list[str]:
+    """What `script` prints, in a process of its own: the hub's library reads the environment when it is imported."""
+    environment |= {'HF_HOME': str(folder / 'home'), 'HF_TOKEN': 'hf_x', 'HF_HUB_DISABLE_PROGRESS_BARS': '1'}
+    ended = subprocess.run(
+        [sys.executable, '-c', script, *arguments],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout.splitlines()
+
+
+def check_beginnings(errors: Sequence[str], expected: Sequence[str]) -> None:
+    """Each error begins as expected."""
+    for error, words in zip(errors, expected, strict=True):
+        assert error.startswith(words), error
 
 
 @contextmanager

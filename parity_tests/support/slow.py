@@ -1,0 +1,11 @@
+"""Which values of a parameter are tried everywhere, and which only by `make test`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_but(one: Any, values: Iterable[Any]) -> list[Any]:
+    """The values of a parameter; the tests of all but one are `slow`."""
+    return [pytest.param(value, marks=() if value == one else pytest.mark.slow) for value in values]
