@@ -76,7 +76,9 @@ def _from_hub(source: str, name: str) -> Path:
     with asking(hub, source, revision):
         file = PurePosixPath(parts['path'] or '')
         if not checkpoint_names([file.name]):
-            file = _only_checkpoint(source, file, hub.HfApi().list_repo_files(repository, revision=revision))
+            # Listing the files instead would try for half a minute where there is no connection.
+            held = hub.HfApi().model_info(repository, revision=revision or 'main').siblings
+            file = _only_checkpoint(source, file, [sibling.rfilename for sibling in held])
         path = fetched(file)
         revision = path.parents[len(file.parts) - 1].name  # the commit: what belongs together is of one
         if file.name.endswith('.index.json'):
