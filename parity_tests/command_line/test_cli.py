@@ -1,5 +1,6 @@
 """`flax-vit` as a user calls it: what it prints, what it writes, how it ends."""
 
+import io
 import json
 import pathlib
 import platform
@@ -22,6 +23,7 @@ import convert.command_line.commands
 import convert.command_line.demo
 from convert.command_line.cli import cli, main
 from convert.conversion import place
+from convert.files import remote
 from flax_vit import DeepViT, from_pretrained, save_pretrained
 from parity_tests.support.reference import perturbed
 
@@ -281,6 +283,19 @@ def test_without_torch_it_says_what_to_install(flax_vit: Run, monkeypatch: pytes
     assert (status, 'pip install torch' in complaint) == (2, True)
     assert not pathlib.Path('x.pt').exists()
     assert flax_vit('export', 'out', 'x.safetensors')[0] == 0
+
+
+def test_standard_input(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = pathlib.Path('simple_vit.pt').read_bytes()
+    monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(content)))
+    remote._standard_input.cache_clear()
+    status, printed, _ = flax_vit('inspect', '-', '--json')
+    facts = json.loads(printed)
+    assert (status, facts['model'], facts['source']) == (0, 'SimpleViT', '-')
+    assert facts['convert'].endswith(' -- - vit-flax')
+    assert flax_vit('convert', *FIELDS, '--', '-', 'vit-flax')[0] == 0
+    assert from_pretrained('vit-flax')[0] == from_pretrained_with(flax_vit, FIELDS)
+    remote._standard_input.cache_clear()
 
 
 def test_the_demo_proves_every_model(flax_vit: Run) -> None:
