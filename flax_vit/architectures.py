@@ -10,11 +10,12 @@ from typing import Any
 from flax import linen as nn
 
 from flax_vit.deep_vit import DeepViT
+from flax_vit.official_simple_vit import OfficialSimpleViT
 from flax_vit.simple_vit import SimpleViT
 from flax_vit.sizes import FIELDS
 from flax_vit.vit import ViT
 
-MODELS: dict[str, type[Any]] = {model.__name__: model for model in (DeepViT, SimpleViT, ViT)}
+MODELS: dict[str, type[Any]] = {model.__name__: model for model in (DeepViT, OfficialSimpleViT, SimpleViT, ViT)}
 
 
 def field_names(model_class: type[nn.Module]) -> list[str]:

@@ -43,9 +43,9 @@ class Layer(nn.Module, kw_only=True):
         shared = {name: getattr(self, name) for name in names & own - {'parent', 'name'}}
         return kind(**{**shared, **fields}, parent=None)
 
-    def linear(self, in_features: int, features: int, *, bias: bool = True) -> 'Linear':
-        """`torch.nn.Linear(in_features, features, bias)`."""
-        return self.inner(Linear, in_features=in_features, features=features, bias=bias)
+    def linear(self, in_features: int, features: int, *, bias: bool = True, **starts: Initializer) -> 'Linear':
+        """`torch.nn.Linear(in_features, features, bias)`; `starts`: `kernel_init`, `bias_init`."""
+        return self.inner(Linear, in_features=in_features, features=features, bias=bias, **starts)
 
     def layer_norm(self) -> 'LayerNorm':
         """`torch.nn.LayerNorm` of the last axis."""
@@ -53,28 +53,33 @@ class Layer(nn.Module, kw_only=True):
 
 
 class Linear(Layer):
-    """`torch.nn.Linear`: weight and bias start uniform in ±1/√in_features; their names are those of linen's Dense."""
+    """`torch.nn.Linear`; weight and bias have the names of linen's Dense."""
 
     in_features: int
     features: int
     bias: bool = True
+    kernel_init: Initializer | None = None  # None: as PyTorch's, uniform in ±1/√in_features
+    bias_init: Initializer | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, '*batch in_features']) -> Float[Array, '*batch features']:
         init = uniform(self.in_features**-0.5)
-        kernel = self.param('kernel', init, (self.in_features, self.features), self.param_dtype)
-        bias = self.param('bias', init, (self.features,), self.param_dtype) if self.bias else None
+        shape = self.in_features, self.features
+        kernel = self.param('kernel', self.kernel_init or init, shape, self.param_dtype)
+        bias = self.param('bias', self.bias_init or init, (self.features,), self.param_dtype) if self.bias else None
         dtype = nn.dtypes.canonicalize_dtype(x, kernel, bias, dtype=self.dtype)
         x = product('...i,io->...o', x.astype(dtype), kernel.astype(dtype), precision=self.precision)
         return x if bias is None else add(x, bias)
 
 
 class LayerNorm(Layer):
-    """`torch.nn.LayerNorm` of the last axis: epsilon 1e-5, two-pass variance, statistics at least in float32.
+    """`torch.nn.LayerNorm` of the last axis: two-pass variance, statistics at least in float32.
 
     In PyTorch's order of operations, with the names of linen's LayerNorm: that one scales the reciprocal deviation
     first, for which the backward pass keeps an array as large as `x`, and takes a little longer on a CPU.
     """
+
+    epsilon: float = EPSILON
 
     @nn.compact
     def __call__(self, x: Float[Array, '*batch features']) -> Float[Array, '*batch features']:
@@ -84,7 +89,7 @@ class LayerNorm(Layer):
         x, scale, bias = (aligned(array, x.ndim).astype(at_least_float32(dtype)) for array in (x, scale, bias))
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = (centred**2).mean(axis=-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + EPSILON) * scale + bias).astype(dtype)
+        return (centred * jax.lax.rsqrt(variance + self.epsilon) * scale + bias).astype(dtype)
 
 
 class Identity(nn.Module):
@@ -397,7 +402,7 @@ def to_patches(
     patch_size: tuple[int, int],
     sizes: str,
     fits: Callable[[int, int], bool],
-) -> Float[Array, 'batch patches values']:
+) -> Float[Array, 'batch rows columns values']:
     """Cut images, channels last or channels first, into patches; a patch's values run over rows, columns, channels.
 
     `fits(height, width)` says which sizes `model` takes, `sizes` says it in words. Where both orders fit and the
@@ -437,7 +442,7 @@ def to_patches(
             'convert and normalise them as in training.'
         )
     order = IMAGE_FORMATS[formats[0]]
-    return rearrange(jnp.asarray(images), f'{order} -> b (h w) (p1 p2 c)', p1=patch_size[0], p2=patch_size[1])
+    return rearrange(jnp.asarray(images), f'{order} -> b h w (p1 p2 c)', p1=patch_size[0], p2=patch_size[1])
 
 
 def patch_embedding(model: Any, *, sizes: str, fits: Callable[[int, int], bool]) -> list[Any]:
@@ -445,7 +450,8 @@ def patch_embedding(model: Any, *, sizes: str, fits: Callable[[int, int], bool])
     patch_size = pair(model.patch_size)
 
     def cut(images: Shaped[Array | np.ndarray, '...']) -> Float[Array, 'batch tokens patch_dim']:
-        return to_patches(model, images, channels=model.channels, patch_size=patch_size, sizes=sizes, fits=fits)
+        grid = to_patches(model, images, channels=model.channels, patch_size=patch_size, sizes=sizes, fits=fits)
+        return rearrange(grid, 'b h w values -> b (h w) values')
 
     norms = [model.layer_norm(), model.layer_norm()] if model.patch_norm else []
     projection = model.linear(model.channels * patch_size[0] * patch_size[1], model.dim)

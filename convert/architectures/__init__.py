@@ -9,12 +9,18 @@ from flax import linen as nn
 
 from convert.architectures.architecture import Architecture, Layout
 from convert.architectures.deep_vit import DeepViTArchitecture
+from convert.architectures.official_simple_vit import OfficialSimpleViTArchitecture
 from convert.architectures.simple_vit import SimpleViTArchitecture
 from convert.architectures.transformer import TransformerArchitecture
 from convert.architectures.vit import ViTArchitecture
 from convert.errors import ConversionError
 
-ARCHITECTURES: list[Architecture] = [ViTArchitecture(), SimpleViTArchitecture(), DeepViTArchitecture()]
+ARCHITECTURES: list[Architecture] = [
+    ViTArchitecture(),
+    SimpleViTArchitecture(),
+    DeepViTArchitecture(),
+    OfficialSimpleViTArchitecture(),
+]
 
 
 def architecture_of(model: nn.Module | type[nn.Module]) -> Architecture:

@@ -19,7 +19,7 @@ from flax_vit.layers import grid_of
 IDENTITY = 'torch.nn.modules.linear.Identity'
 MOST_SHOWN = 4  # of rates that differ
 _RANGE = re.compile(r'(?P<first>[\d.]+)(?: to (?P<last>[\d.]+)|(?P<later> and later))?')
-_NUMBER = re.compile(r'(?:(?<=\blayers\.)|(?<=encoder_))\d+(?=\.)')  # of a block, in a parameter's name
+_NUMBER = re.compile(r'(?:(?<=\blayers\.)|(?<=encoder_)|(?<=encoderblock_))\d+(?=\.)')  # of a block, in a name
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,11 @@ class Layout:
     fields: Mapping[str, Any] = field(default_factory=dict)  # of the model, where they are not its defaults
     renames: Mapping[str, str] = field(default_factory=dict)  # beginnings of its names -> of the Flax model's
     batched: frozenset[str] = frozenset()  # the Flax model's names of what has an axis more here, 1, in front
+    source: str = 'vit-pytorch'
+    flax: bool = False  # whether it is Flax that wrote it: a Dense's `kernel` (in, out), a norm's `scale`
 
     def __str__(self) -> str:
-        return f'{self.model.__name__} of vit-pytorch {self.releases}'
+        return f'{self.model.__name__} of {self.source} {self.releases}'
 
     def to_today(self, name: str) -> str:
         """The Flax model's PyTorch name of what this layout calls `name`."""
@@ -55,13 +57,25 @@ class Layout:
 
     def tensors_of_today(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """Tensors with this layout's names and shapes, by the Flax model's PyTorch names and in its shapes."""
+        if self.flax:
+            tensors = {
+                FLAX_ENDING.sub('.weight', name): tensor.transpose(np.argsort(flax_axes(name, tensor.ndim)))
+                for name, tensor in tensors.items()
+            }
         today = {self.to_today(name): tensor for name, tensor in tensors.items()}
         return {name: tensor[0] if name in self.batched else tensor for name, tensor in today.items()}
 
     def tensors_from_today(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """And back."""
-        return {
+        named = {
             self.from_today(name): tensor[None] if name in self.batched else tensor for name, tensor in tensors.items()
+        }
+        if not self.flax:
+            return named
+        flax = {flax_name(name, tensor.ndim): tensor for name, tensor in named.items()}
+        return {
+            name.replace('.', '/'): np.ascontiguousarray(tensor.transpose(flax_axes(name, tensor.ndim)))
+            for name, tensor in flax.items()
         }
 
     def wrote(self, release: str) -> bool:
@@ -71,6 +85,24 @@ class Layout:
             return False
         first, last = found['first'], found['last'] or found['first']
         return version(first) <= version(release) and (bool(found['later']) or version(release) <= version(last))
+
+
+FLAX_ENDING = re.compile(r'\.(kernel|scale)\Z')
+
+
+def flax_name(name: str, dimensions: int) -> str:
+    """What Flax calls a parameter that PyTorch calls `name`, a 'weight' where it is one."""
+    return re.sub(r'(?<=\.)weight\Z', 'kernel' if dimensions > 1 else 'scale', name)
+
+
+def flax_axes(name: str, dimensions: int) -> tuple[int, ...]:
+    """PyTorch's axes of a parameter that Flax calls `name`, in Flax's order.
+
+    A Dense kernel (in, out) is PyTorch's weight (out, in), a Conv kernel (height, width, in, out) its weight (out, in,
+    height, width).
+    """
+    axes = tuple(range(dimensions))
+    return (*axes[2:], 1, 0) if name.endswith('kernel') else axes
 
 
 def version(release: str) -> tuple[int, ...]:

@@ -100,20 +100,14 @@ class SimpleViTArchitecture(Architecture):
         return module
 
     def table(self, model: Any) -> tuple[float, float]:
-        """The largest difference between the port's sincos table and PyTorch's on this machine, and what it may be.
-
-        Both take the same float32 steps. PyTorch's power may be one unit in the last place (2⁻²³) off, its product half
-        a unit more; an angle, at most the position, carries both into the sine, which adds a unit of its own.
-        """
+        """The largest difference between the port's sincos table and PyTorch's on this machine, and what it may be."""
         from vit_pytorch.simple_vit import posemb_sincos_2d as theirs
 
-        height, width = model.grid
-        difference = np.abs(theirs(height, width, model.dim).numpy() - model.pos_embedding()).max()
-        return float(difference), (2 * max(height, width) + 1) * 2.0**-23
+        difference = np.abs(theirs(*model.grid, model.dim).numpy() - model.pos_embedding()).max()
+        return float(difference), table_limit(model)
 
     def table_and_mistakes(self, model: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        (height, width), quarter = model.grid, model.dim // 4
-        exact = sincos(height, width, quarter, quarter - 1)
+        exact = exact_table(model)
         return model.pos_embedding(), exact, table_mistakes(model, exact)
 
     def alternatives(self, model: Any) -> Iterator[dict[str, Any]]:
@@ -134,13 +128,28 @@ def sincos_grid(table: np.ndarray) -> tuple[int, int]:
     raise ConversionError('pos_embedding is not the sincos table of SimpleViT: another function.')
 
 
+def table_limit(model: Any) -> float:
+    """How far two sincos tables may be apart that take the same steps in float32.
+
+    A power may be one unit in the last place (2⁻²³) off, its product half a unit more; an angle, at most the position,
+    carries both into the sine, which adds a unit of its own.
+    """
+    return (2 * max(model.grid) + 1) * 2.0**-23
+
+
+def exact_table(model: Any) -> np.ndarray:
+    """The model's sincos table (tokens, dim) in float64."""
+    quarter = model.dim // 4
+    return sincos(*model.grid, quarter, quarter - 1)
+
+
 def table_mistakes(model: Any, right: np.ndarray) -> dict[str, np.ndarray]:
     """Sincos tables that are wrong, by the words for it."""
     height, width = model.grid
     quarter = model.dim // 4
     axes = 'n (side function frequency)'
     sizes = {'side': 2, 'function': 2}
-    exact = sincos(height, width, quarter, quarter - 1)
+    exact = exact_table(model)
     return {
         'without positions': np.zeros_like(right),
         'with the axes of the sincos table swapped (y before x)': np.roll(right, 2 * quarter, axis=1),

@@ -61,7 +61,8 @@ class Way:
     heads: int
     cut: str = '(h p1) (w p2) c -> (h w) (p1 p2 c)'
     class_token: str = 'first'
-    epsilons: Mapping[str, float] = field(default_factory=dict)  # of the norms where it is not 1e-5
+    epsilon: float = 1e-5  # of the norms
+    epsilons: Mapping[str, float] = field(default_factory=dict)  # of those that have another
     variance: str = 'two-pass'
     statistics: str = 'float64'  # of the norms
     left_out: frozenset[str] = frozenset()  # norms, 'residual', 're-attention'
@@ -81,13 +82,27 @@ class Way:
         raise NotImplementedError
 
     @classmethod
+    def in_matrices(cls, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Tensors of today's names as a way has them: what is multiplied by is a matrix, of vit-pytorch's order."""
+        return dict(tensors)
+
+    @classmethod
+    def owned(cls, model: Any, part: str) -> tuple[str, ...]:
+        """The beginnings of the names of the parameters that a part depends on."""
+        if part.startswith('to_patch_embedding'):
+            return ('to_patch_embedding.',)
+        positions = ('pos_embedding', 'cls_token') if part == 'transformer.layers.0.0' else ()
+        ends = {'to_latent': ('transformer.norm.',), '': (f'{model.HEAD}.',)}
+        return ends.get(part, (f'{part}.', *positions))
+
+    @classmethod
     def for_part(cls, model: Any, tensors: Mapping[str, np.ndarray], part: str) -> 'Way':
         """PyTorch's way, with the tensors that the part and the tokens before it need."""
-        needed = (*owned(model, part), 'pos_embedding', 'cls_token')
+        needed = (*cls.owned(model, part), 'pos_embedding', 'cls_token')
         if part == 'to_latent':
             needed += (f'{model.HEAD}.0.',)  # the norm that may be taken before pooling by mistake
         exact = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items() if name.startswith(needed)}
-        return cls.right(model, exact)
+        return cls.right(model, cls.in_matrices(exact))
 
     def mistakes_of_heads(self, part: str, inner_dim: int, tokens: int) -> Iterator['Mistake']:
         """What the number of heads may be by mistake, and what is done with them."""
@@ -98,6 +113,10 @@ class Way:
     def position_mistakes(self) -> dict[str, np.ndarray]:
         """Position tables that are wrong, by the words for it."""
         return {'without positions': np.zeros_like(self.tensors['pos_embedding'])}
+
+    def head_mistakes(self) -> Iterator['Mistake']:
+        """What may be done by mistake between pooling and logits."""
+        yield from ()
 
     def compute(self, part: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """The output of the part that PyTorch calls so; `inputs` as `part_inputs` gives them."""
@@ -180,7 +199,7 @@ class Way:
             variance = np.maximum((rounded * rounded).mean(axis=-1, keepdims=True) - mean * mean, 0)
         else:
             variance = rounded.var(axis=-1, keepdims=True, ddof=1 if self.variance == 'unbiased' else 0)
-        normalised = (rounded - mean) / np.sqrt(variance + self.epsilons.get(name, 1e-5))
+        normalised = (rounded - mean) / np.sqrt(variance + self.epsilons.get(name, self.epsilon))
         return normalised * self.tensors[f'{name}.weight'] + self.tensors[f'{name}.bias']
 
 
@@ -191,7 +210,7 @@ class Mistake:
     words: str  # after 'matches'
     fields: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
-    flax_default: bool = False  # an epsilon that whoever forgot it once forgot wherever there is one
+    default: bool = False  # a framework's epsilon, that whoever forgot it once forgot wherever there is one
     repeats: bool = False  # a rounding that numpy makes as XLA does
 
     def applied(self, way: Way) -> Way:
@@ -223,15 +242,6 @@ def part_inputs(way: Way, image: np.ndarray, outputs: Mapping[str, np.ndarray], 
     if part == '' or len(before) == 1:
         return [outputs[before[-1]]]
     return [way.embedded(outputs[before[0]]), *(outputs[name] for name in before[1:])]
-
-
-def owned(model: Any, part: str) -> tuple[str, ...]:
-    """The beginnings of the names of the parameters that a part depends on."""
-    if part.startswith('to_patch_embedding'):
-        return ('to_patch_embedding.',)
-    positions = ('pos_embedding', 'cls_token') if part == 'transformer.layers.0.0' else ()
-    ends = {'to_latent': ('transformer.norm.',), '': (f'{model.HEAD}.',)}
-    return ends.get(part, (f'{part}.', *positions))
 
 
 def short(name: str, part: str) -> str:

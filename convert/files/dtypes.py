@@ -13,6 +13,7 @@ DTYPES |= {f'torch.{name}': np.dtype(getattr(ml_dtypes, name)) for name in _BEYO
 # As numpy writes them into files, without the order of their bytes: 'f4', and 'ml_dtypes.bfloat16'.
 KINDS = {np.dtype(name).str[1:]: np.dtype(name) for name in _NUMPY.split()}
 KINDS |= {f'ml_dtypes.{name}': DTYPES[f'torch.{name}'] for name in _BEYOND_NUMPY.split()}
+KINDS |= {'V2': DTYPES['torch.bfloat16']}  # of 2 bytes that numpy has no name for
 
 
 def native(array: np.ndarray) -> np.ndarray:

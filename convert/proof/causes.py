@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from convert.architectures import architecture_of
-from convert.architectures.way import Mistake, Way, owned, part_inputs, short
+from convert.architectures.way import Mistake, Way, part_inputs, short
 from convert.proof.measure import relative, size
 from convert.proof.mistakes import mistakes, rounding_mistakes
 from convert.recognition.names import leaf
@@ -74,8 +74,8 @@ def causes(
                 if error(output, mistake.applied(way).compute(part, inputs)) <= limit
             ]
 
-        # Whoever took flax's default once did so wherever there is one.
-        default = next((each for each in known() if each.flax_default), None)
+        # Whoever took a framework's default once did so wherever there is one.
+        default = next((each for each in known() if each.default), None)
         pairs = (default.and_also(each) for each in known() if each.words != default.words) if default else ()
         fit = fitting(known()) or fitting(pairs) or _rounding(way, part, inputs, output, dtype)
         count = sum(1 for _ in known())
@@ -93,21 +93,24 @@ def wrong_parameters(
     way: Way, part: str, known: Iterable[Mistake], variables: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, np.ndarray]]:
     """In words, which of the part's parameters are not the source's bit for bit; and these, by name, as the port's."""
-    wrong: dict[str, np.ndarray] = {}
-    dtypes: dict[str, Any] = {}
+    found: dict[str, np.ndarray] = {}
+    last_place = 0.0  # twice that of the port's own dtype, which may have rounded besides
     for path, array in flatten_dict(variables.get('params', {})).items():
         rule = leaf(path, np.ndim(array))
-        if rule.name.startswith(owned(way.model, part)) and rule.name in way.tensors:
-            ours = np.asarray(rule.to_torch(np.asarray(array)), np.float64)
-            if not np.array_equal(ours, way.tensors[rule.name], equal_nan=True):
-                wrong[rule.name], dtypes[rule.name] = ours, array.dtype
+        if rule.name.startswith(way.owned(way.model, part)):
+            found[rule.name] = np.asarray(rule.to_torch(np.asarray(array)), np.float64)
+            last_place = max(last_place, 2 * float(ml_dtypes.finfo(array.dtype).eps))
+    wrong = {
+        name: ours
+        for name, ours in way.in_matrices(found).items()
+        if name in way.tensors and not np.array_equal(ours, way.tensors[name], equal_nan=True)
+    }
     errors: dict[str, dict[str, float]] = {name: {} for name in wrong}
     for each in known if wrong else ():
         for name in wrong.keys() & each.tensors.keys():
             errors[name][each.words] = error(wrong[name], each.tensors[name])
     reasons: dict[str, list[str]] = {}
     for name, ours in wrong.items():
-        last_place = 2 * float(ml_dtypes.finfo(dtypes[name]).eps)  # what the port's own dtype may have rounded besides
         fit = [words for words, rest in errors[name].items() if rest == 0]
         fit = fit or [words for words, rest in errors[name].items() if rest <= last_place]
         reason = f'matches {" or ".join(fit)}' if fit else compared(ours, way.tensors[name])

@@ -12,15 +12,21 @@ from itertools import permutations
 import numpy as np
 from einops import rearrange
 
-from convert.architectures.way import ROUNDINGS, Mistake, Way, owned, short
+from convert.architectures.way import ROUNDINGS, Mistake, Way, short
 from flax_vit.checks import pair
 
 HIGHEST = "set precision='highest'"
+_EPSILONS = {1e-6: " (flax's default)", 1e-5: " (PyTorch's default)", 1e-12: '', 1e-3: ''}
+_ACTIVATIONS = {
+    'erf': "GELU by the error function (PyTorch's default)",
+    'tanh': "the tanh approximation of GELU (flax's default)",
+    'sigmoid': 'the sigmoid approximation of GELU',
+}
 
 
 def mistakes(way: Way, part: str, tokens: int) -> Iterator[Mistake]:
     """Every known mistake that the part's sizes allow; `tokens` is the number of rows that a block puts out."""
-    tensors = {name: tensor for name, tensor in way.tensors.items() if name.startswith(owned(way.model, part))}
+    tensors = {name: tensor for name, tensor in way.tensors.items() if name.startswith(way.owned(way.model, part))}
     yield from _mistakes_of_norms(tensors, part, way)
     yield from _mistakes_of_tensors(tensors, part)
     if part.startswith('to_patch_embedding'):
@@ -30,10 +36,12 @@ def mistakes(way: Way, part: str, tokens: int) -> Iterator[Mistake]:
     elif part.endswith('.0'):
         yield from _mistakes_of_attention(way, tensors, part, tokens)
     elif part:
-        words = "with the tanh approximation of GELU (flax's default) instead of erf"
-        yield Mistake(words, {'activation': 'tanh'})
-        yield Mistake('with the sigmoid approximation of GELU instead of erf', {'activation': 'sigmoid'})
+        for activation, words in _ACTIVATIONS.items():
+            if activation != way.activation:
+                yield Mistake(f'with {words} instead of {way.activation}', {'activation': activation})
         yield Mistake('with ReLU instead of GELU', {'activation': 'relu'})
+    else:
+        yield from way.head_mistakes()
     if part == 'transformer.layers.0.0':
         for words, table in way.position_mistakes().items():
             yield Mistake(words, tensors={'pos_embedding': table})
@@ -51,9 +59,10 @@ def _mistakes_of_norms(tensors: Mapping[str, np.ndarray], part: str, way: Way) -
     ]
     groups = {'': norms} | ({f' in {short(norm, part)}': [norm] for norm in norms} if len(norms) > 1 else {})
     for where, group in groups.items() if norms else ():
-        for epsilon, whose in {1e-6: " (flax's default)", 1e-12: '', 1e-3: ''}.items():
-            words = f'with a LayerNorm epsilon of {epsilon:g}{whose} instead of 1e-05{where}'
-            yield Mistake(words, {'epsilons': dict.fromkeys(group, epsilon)}, flax_default=bool(whose))
+        for epsilon, whose in _EPSILONS.items():
+            if epsilon != way.epsilon:
+                words = f'with a LayerNorm epsilon of {epsilon:g}{whose} instead of {way.epsilon:g}{where}'
+                yield Mistake(words, {'epsilons': dict.fromkeys(group, epsilon)}, default=bool(whose))
     for norm in norms if part != 'to_latent' else ():
         yield Mistake(f'without the LayerNorm {short(norm, part)}', {'left_out': frozenset({norm})})
     if norms:
@@ -98,18 +107,24 @@ def _mistakes_of_attention(way: Way, tensors: Mapping[str, np.ndarray], part: st
     inner_dim, dim = qkv.shape[0] // 3, qkv.shape[1]
     dim_head = inner_dim // way.heads
 
+    bias_name = f'{part}.to_qkv.bias'
+    rows = np.concatenate([qkv, tensors[bias_name][:, None]], axis=1) if bias_name in tensors else qkv
+
+    def of_rows(rows: np.ndarray) -> dict[str, np.ndarray]:
+        return {qkv_name: rows[:, :dim]} | ({bias_name: rows[:, dim]} if bias_name in tensors else {})
+
     def read(split: str) -> dict[str, np.ndarray]:
-        return {qkv_name: rearrange(qkv, f'({split}) n -> (qkv h d) n', qkv=3, h=way.heads)}
+        return of_rows(rearrange(rows, f'({split}) n -> (qkv h d) n', qkv=3, h=way.heads))
 
     for axes in permutations(('qkv', 'h', 'd')):
         split = ' '.join(axes)
         if split != 'qkv h d':
             yield Mistake(f"if to_qkv is split as '({split})' instead of '(qkv h d)'", tensors=read(split))
-    thirds = dict(zip('qkv', np.split(qkv, 3), strict=True))
+    thirds = dict(zip('qkv', np.split(rows, 3), strict=True))
     for order in permutations('qkv'):
         if order != ('q', 'k', 'v'):
             taken = np.concatenate([thirds['qkv'[order.index(name)]] for name in 'qkv'])
-            yield Mistake(f'if the thirds of to_qkv are taken as {", ".join(order)}', tensors={qkv_name: taken})
+            yield Mistake(f'if the thirds of to_qkv are taken as {", ".join(order)}', tensors=of_rows(taken))
     if out_name in tensors:
         joined = {out_name: rearrange(tensors[out_name], 'n (d h) -> n (h d)', h=way.heads)}
         yield Mistake("if the heads are joined as '(d h)' instead of '(h d)'", tensors=joined)
@@ -127,7 +142,7 @@ def _mistakes_of_attention(way: Way, tensors: Mapping[str, np.ndarray], part: st
     for words, scale in scales.items():
         # as good as the wrong scale: queries that are larger by as much
         factors = np.where(np.arange(3 * inner_dim) < inner_dim, scale / right, 1.0)
-        yield Mistake(words, tensors={qkv_name: qkv * factors[:, None]})
+        yield Mistake(words, tensors=of_rows(rows * factors[:, None]))
     yield Mistake('with the softmax over queries instead of keys', {'softmax_axis': -2})
     yield Mistake('with the softmax over heads instead of keys', {'softmax_axis': 0})
     yield from way.mistakes_of_heads(part, inner_dim, tokens)

@@ -46,9 +46,8 @@ def resolve(fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any] | None 
     inferred = {name: field for name, field in inferred.items() if name not in open_fields}
     inferred |= {name: Field(value, 'inferred', 'the module') for name, value in (known or {}).items()}
     inferred['depth'] = Field(fit.depth, 'inferred', 'the number of blocks')
-    for name in ('dim', 'mlp_dim', 'num_classes', 'heads'):
-        if name in fit.sizes:
-            inferred[name] = Field(fit.sizes[name], 'inferred', 'their shapes')
+    for name in fit.sizes.keys() & defaults.keys():
+        inferred[name] = Field(fit.sizes[name], 'inferred', 'their shapes')
     fields = inferred | {name: Field(value, 'given') for name, value in given.items()}
     for name in sorted(set(given) & set(inferred)):
         if given[name] != inferred[name].value:

@@ -12,7 +12,7 @@ from typing import Any
 from flax import linen as nn
 
 from convert.architectures import architecture_of
-from convert.architectures.architecture import Axis, Layout, block_number, pattern
+from convert.architectures.architecture import Axis, Layout, block_number, flax_name, pattern
 from convert.recognition.names import Leaf, differences, leaf
 from flax_vit.parameters import param_shapes
 
@@ -35,6 +35,14 @@ def leaves(
         layout.from_today(rule.name): (replace(rule, batched=rule.name in layout.batched), rule.torch_shape(shape))
         for rule, shape in _shapes(probe).items()
     }
+    if layout.flax:
+        rules = {
+            flax_name(name, len(shape)): (
+                replace(rule, axes=tuple(range(len(shape)))),
+                tuple(shape[axis] for axis in rule.axes),
+            )
+            for name, (rule, shape) in rules.items()
+        }
     return {
         name: (rule, tuple(axes[size] for size in ((1, *shape) if rule.batched else shape)))
         for name, (rule, shape) in rules.items()

@@ -11,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from convert.architectures.architecture import flax_axes
 from convert.errors import ConversionError
 from flax_vit.parameters import param_shapes
 from flax_vit.stacking import stack_layers, unstack_layers
@@ -47,16 +48,12 @@ class Leaf:
 def leaf(path: Path, dimensions: int) -> Leaf:
     """The rule for the Flax parameter at `path`: its PyTorch name and the order of its axes.
 
-    Linen names the submodules in a list by position, so `net_4` is PyTorch's `net.4`. A Dense kernel (in, out) is
-    PyTorch's weight (out, in), a Conv kernel (height, width, in, out) its weight (out, in, height, width), a norm's
-    scale its weight; everything else has the same name and the same axes.
+    Linen names the submodules in a list by position, so `net_4` is PyTorch's `net.4`. A kernel is PyTorch's weight, of
+    other axes, a norm's scale its weight; everything else has the same name and the same axes.
     """
     *modules, last = path
-    axes = tuple(range(dimensions))
-    if last == 'kernel':
-        axes = (*range(2, dimensions), 1, 0)
-    last = {'kernel': 'weight', 'scale': 'weight'}.get(last, last)
-    return Leaf(path, torch_module_name([*modules, last]), axes)
+    weight = {'kernel': 'weight', 'scale': 'weight'}.get(last, last)
+    return Leaf(path, torch_module_name([*modules, weight]), flax_axes(last, dimensions))
 
 
 def torch_module_name(path: Sequence[str]) -> str:

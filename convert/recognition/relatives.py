@@ -79,6 +79,10 @@ RELATIVES = (
     ),
     Relative('a B-cos SimpleViT for 6 channels (bcos_*, B-cos/B-cos-v2)', r'linear[12]?\.linear\.weight'),
     Relative('a ResNet', r'layer1\.0\.conv1\.weight'),
+    Relative(
+        "another ViT of big_vision (of its ViTs, that with posemb='sincos2d' and pool_type='gap' is converted)",
+        r'encoderblock_\d+\.MlpBlock_\d\.Dense_0\.kernel',
+    ),
     Relative('a language model', r'(embed_tokens|tok_embeddings|word_embeddings|wte)\.weight'),
 )
 

@@ -22,7 +22,7 @@ from convert.errors import ConversionError, printable
 from convert.files.pickle_reader import Foreign
 from convert.files.tensors import words_for
 from convert.files.zip_directory import quote
-from convert.recognition.layouts import Fit, beginnings, best_fit
+from convert.recognition.layouts import MOST_BLOCKS, Fit, beginnings, best_fit
 from convert.recognition.relatives import relative
 from convert.recognition.rewritten import refusal_of, warning_of
 
@@ -30,6 +30,10 @@ from convert.recognition.rewritten import refusal_of, warning_of
 BOOKKEEPING = {'total_ops', 'total_params'}
 # What torch puts into the middle of names where it wraps a part of a model; the part computes the same.
 INSERTED = re.compile(r'(?<=\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.')
+# The blocks of one that Flax scanned over, in one array.
+SCANNED = re.compile(r'(?<=\bencoderblock)(?=\.)')
+# What big_vision keeps of its optimizer, by the parameters' names; in its older files they are at opt.target.
+OPTIMIZER = re.compile(r'opt\.(?!target\.)')
 MOST_OBJECTS = 8  # that a message names
 MOST_PLACES = 64  # in one file that are held against the layouts, the likeliest first ...
 MOST_TIMES = 4  # ... as long as all together have no more than so many times the file's tensors
@@ -133,7 +137,12 @@ def walk(tree: Any) -> Iterator[Item]:
         elif isinstance(node, list | tuple | set | frozenset):
             children = enumerate(node)
         else:
-            yield Item(path[:-1], INSERTED.sub('', path[-1]) if path else '', node)
+            # Flax's names are paths
+            name = INSERTED.sub('', path[-1]).replace('/', '.') if path else ''
+            if SCANNED.search(name) and isinstance(node, np.ndarray) and node.ndim and len(node) <= MOST_BLOCKS:
+                yield from (Item(path[:-1], SCANNED.sub(f'_{i}', name), block) for i, block in enumerate(node))
+            else:
+                yield Item(path[:-1], name, node)
             continue
         if id(node) not in parents:
             stack += reversed([((*path, str(name)), child, (*parents, id(node))) for name, child in children])
@@ -156,6 +165,7 @@ def candidates(leaves: Iterable[Item], key: str | None, layouts: tuple[Layout, .
         for container, state_dict in state_dicts.items()
         for name in state_dict
         for beginning in beginnings(name, layouts)
+        if key is not None or not OPTIMIZER.match(beginning)
     )
     likeliest = sorted(known, key=lambda place: (key is None or not _is_at(place, key), -known[place]))[:MOST_PLACES]
     orders = {container: {name: i for i, name in enumerate(names)} for container, names in state_dicts.items()}

@@ -65,10 +65,11 @@ class ThirdViT(Layer):
         tokens = math.prod(image_size) // math.prod(patch_size)
 
         def cut(images: Shaped[Array | np.ndarray, '...']) -> Float[Array, 'batch tokens values']:
-            return to_patches(
+            grid = to_patches(
                 self, images, channels=self.channels, patch_size=patch_size, sizes=f'of {image_size}',
                 fits=lambda *size: size == image_size,
             )  # fmt: skip
+            return grid.reshape(len(images), tokens, -1)
 
         projection = self.linear(self.channels * math.prod(patch_size), self.dim)
         self.to_patch_embedding = [cut, self.layer_norm(), projection, self.layer_norm()]

@@ -1,0 +1,149 @@
+"""The paper's own Simple ViT: the names that big_vision gave, and what people get wrong. Imports flax_vit."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from einops import rearrange
+
+from convert.architectures.architecture import Architecture, AttentionMap, Axis, Field, Layout, one_or_pair
+from convert.architectures.simple_vit import exact_table, table_limit, table_mistakes
+from convert.architectures.way import ACTIVATIONS, Mistake, Way
+from convert.errors import ConversionError
+from flax_vit.checks import pair
+from flax_vit.official_simple_vit import EPSILON, OfficialSimpleViT
+
+PUBLISHED = 224  # pixels
+
+
+def _names(attention: str, norm: str, feed_forward: str) -> dict[str, str]:
+    block = 'Transformer.encoderblock_#.'
+    return {
+        'embedding.': 'to_patch_embedding.1.',
+        f'{block}LayerNorm_0.': 'transformer.layers.#.0.norm.',
+        f'{block}MultiHeadDotProductAttention_{attention}.': 'transformer.layers.#.0.',
+        f'{block}LayerNorm_{norm}.': 'transformer.layers.#.1.net.0.',
+        f'{block}MlpBlock_{feed_forward}.Dense_0.': 'transformer.layers.#.1.net.1.',
+        f'{block}MlpBlock_{feed_forward}.Dense_1.': 'transformer.layers.#.1.net.3.',
+        'Transformer.encoder_norm.': 'transformer.norm.',
+    }
+
+
+def _layout(name: str, when: str, names: Mapping[str, str]) -> Layout:
+    return Layout(name, OfficialSimpleViT, when, renames=names, source='big_vision', flax=True)
+
+
+@dataclass(frozen=True)
+class OfficialSimpleViTWay(Way):
+    """A way to compute it. Its tensors are as in vit-pytorch's SimpleViT: patches in a row, one to_qkv."""
+
+    TO_OUT = 'out'
+    SECOND_LINEAR = 'net.3'
+
+    @classmethod
+    def right(cls, model: Any, tensors: Mapping[str, np.ndarray]) -> 'OfficialSimpleViTWay':
+        tensors = {**tensors, 'pos_embedding': np.asarray(model.pos_embedding(), np.float64)}
+        return cls(model, tensors, model.heads, epsilon=EPSILON, activation='tanh', final_norm='transformer.norm')
+
+    @classmethod
+    def in_matrices(cls, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = dict(tensors)
+        if (patches := found.get('to_patch_embedding.1.weight')) is not None:
+            found['to_patch_embedding.1.weight'] = rearrange(patches, 'dim c h w -> dim (h w c)')
+        for name in tensors:
+            if name.endswith('.0.query.weight'):
+                part = name.removesuffix('query.weight')
+                weights, biases = (
+                    [found.pop(f'{part}{which}.{end}') for which in ('query', 'key', 'value')]
+                    for end in ('weight', 'bias')
+                )
+                found[f'{part}to_qkv.weight'] = rearrange(weights, 'qkv d h dim -> (qkv h d) dim')
+                found[f'{part}to_qkv.bias'] = rearrange(biases, 'qkv h d -> (qkv h d)')
+                found[f'{part}out.weight'] = rearrange(found[f'{part}out.weight'], 'dim d h -> dim (h d)')
+        return found
+
+    @classmethod
+    def owned(cls, model: Any, part: str) -> tuple[str, ...]:
+        return (*super().owned(model, part), *(['pre_logits.'] if part == '' else []))
+
+    def position_mistakes(self) -> dict[str, np.ndarray]:
+        return table_mistakes(self.model, self.tensors['pos_embedding'])
+
+    def head_mistakes(self) -> Iterator[Mistake]:
+        if self.model.rep_size:
+            yield Mistake('without the tanh after pre_logits', {'left_out': frozenset({'tanh'})})
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        if self.model.rep_size:
+            x = self.linear(x, 'pre_logits')
+            x = x if 'tanh' in self.left_out else np.tanh(x)
+        return super().logits(x)
+
+
+class OfficialSimpleViTArchitecture(Architecture):
+    """big_vision's ViT with posemb='sincos2d' and pool_type='gap'. Its truth is JAX; PyTorch's is this project's own."""
+
+    model = OfficialSimpleViT
+    torch_classes = ('convert.references.simple_vit.SimpleViT',)
+    layouts = (
+        _layout('G1', 'since 23 June 2022', _names('0', '1', '0')),
+        _layout('G0', 'before 23 June 2022, as the published weights', _names('1', '2', '3')),
+    )
+    axes = tuple(
+        map(
+            Axis,
+            ('1', 'patch height', 'patch width', 'channels', 'heads', 'dim_head', 'dim', 'mlp_dim', 'num_classes', 'rep_size'),
+        )
+    )
+    probe: Mapping[str, Any] = {
+        'image_size': (14, 33),
+        'patch_size': (2, 3),
+        'channels': 4,
+        'heads': 5,
+        'dim': 40,
+        'mlp_dim': 29,
+        'num_classes': 31,
+        'rep_size': 37,
+    }
+    attention_maps = (AttentionMap('attend', 'attend'),)
+    way = OfficialSimpleViTWay
+
+    def quantities(self, model: Any) -> dict[str, int]:
+        height, width = pair(model.patch_size)
+        names = ('channels', 'heads', 'dim', 'mlp_dim', 'num_classes', 'rep_size')
+        sizes = {'1': 1, 'patch height': height, 'patch width': width, 'dim_head': model.dim // model.heads}
+        return sizes | {name: getattr(model, name) for name in names}
+
+    def told_by_names(self, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+        return {} if 'pre_logits.kernel' in shapes else {'rep_size': 0}
+
+    def told_by_sizes(
+        self, fields: Mapping[str, Field], sizes: Mapping[str, int], defaults: Mapping[str, Any]
+    ) -> dict[str, Field]:
+        """The weights tell all but the image size, on which nothing hangs: positions are computed for any."""
+        told = one_or_pair((sizes['patch height'], sizes['patch width']))
+        patch_size = fields.get('patch_size')
+        if patch_size and patch_size.value != told:
+            raise ConversionError(f'patch_size={patch_size.value!r} contradicts the weights: it is {told!r} in them.')
+        found = {**fields, 'patch_size': patch_size or Field(told, 'inferred', 'their shapes')}
+        if 'image_size' not in fields:
+            fits = all(PUBLISHED % side == 0 for side in pair(told))
+            why = 'the model takes images of any size; the published ones were trained with this'
+            found['image_size'] = Field(PUBLISHED, 'inferred', why) if fits else Field(None, 'unknown', 'give any')
+        return found
+
+    def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
+        import torch
+
+        given = {name: value for name, value in arguments.items() if name != 'image_size'}
+        given |= {'patch_size': pair(model.patch_size)}
+        return self.torch_class()(torch.from_numpy(model.pos_embedding()), **given)
+
+    def table(self, model: Any) -> tuple[float, float]:
+        """The largest difference of the port's sincos table from the exact one, and what it may be."""
+        return float(np.abs(exact_table(model) - model.pos_embedding()).max()), table_limit(model)
+
+    def table_and_mistakes(self, model: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        exact = exact_table(model)
+        return model.pos_embedding(), exact, table_mistakes(model, exact)

@@ -1,0 +1,102 @@
+"""big_vision's Simple ViT in PyTorch, under the names that the Flax model has. Imports torch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+EPSILON = 1e-6
+
+
+class Patches(nn.Conv2d):
+    """A token for each patch, row by row."""
+
+    def __init__(self, channels: int, dim: int, patch_size: Sequence[int]) -> None:
+        super().__init__(channels, dim, tuple(patch_size), tuple(patch_size))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return super().forward(images).flatten(2).transpose(1, 2)
+
+
+class ToHeads(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(dim // heads, heads, dim))  # Flax's axes from the last to the first
+        self.bias = nn.Parameter(torch.randn(heads, dim // heads))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum('bni,dhi->bhnd', x, self.weight) + self.bias[:, None]
+
+
+class FromHeads(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(dim, dim // heads, heads))
+        self.bias = nn.Parameter(torch.randn(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum('bhnd,odh->bno', x, self.weight) + self.bias
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, EPSILON)
+        self.query, self.key, self.value = ToHeads(dim, heads), ToHeads(dim, heads), ToHeads(dim, heads)
+        self.attend = nn.Softmax(-1)
+        self.out = FromHeads(dim, heads)
+        self.scale = (dim // heads) ** -0.5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        attention = self.attend(self.query(x) * self.scale @ self.key(x).transpose(2, 3))
+        return self.out(attention @ self.value(x))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, mlp_dim: int) -> None:
+        super().__init__()
+        layers = nn.LayerNorm(dim, EPSILON), nn.Linear(dim, mlp_dim), nn.GELU('tanh'), nn.Linear(mlp_dim, dim)
+        self.net = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+class Transformer(nn.Module):
+    def __init__(self, dim: int, depth: int, heads: int, mlp_dim: int) -> None:
+        super().__init__()
+        blocks = (nn.ModuleList([Attention(dim, heads), FeedForward(dim, mlp_dim)]) for _ in range(depth))
+        self.layers = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(dim, EPSILON)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for attention, feed_forward in self.layers:
+            x = x + attention(x)
+            x = x + feed_forward(x)
+        return self.norm(x)
+
+
+class SimpleViT(nn.Module):
+    """The model for images that have the positions given."""
+
+    def __init__(
+        self, positions: torch.Tensor, *, patch_size: Sequence[int], num_classes: int, dim: int, depth: int, heads: int,
+        mlp_dim: int, channels: int, rep_size: int,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.positions = positions
+        self.to_patch_embedding = nn.Sequential(nn.Identity(), Patches(channels, dim, patch_size))
+        self.transformer = Transformer(dim, depth, heads, mlp_dim)
+        self.to_latent = nn.Identity()
+        self.pre_logits = nn.Linear(dim, rep_size) if rep_size else None
+        self.head = nn.Linear(rep_size or dim, num_classes) if num_classes else None
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.to_patch_embedding(images)
+        x = self.transformer(x + self.positions.to(x.dtype))
+        x = self.to_latent(x.mean(dim=1))
+        if self.pre_logits:
+            x = functional.tanh(self.pre_logits(x))
+        return self.head(x) if self.head else x

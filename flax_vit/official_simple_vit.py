@@ -1,0 +1,248 @@
+"""Simple ViT (Beyer, Zhai, Kolesnikov 2022, arXiv:2205.01580) as its authors trained it: big_vision's `models/vit.py`.
+
+Against vit-pytorch's SimpleViT: biases in the attention, GELU by its tanh approximation, a LayerNorm epsilon of 1e-6,
+no LayerNorms round the patches and, in the published weights, a hidden layer with tanh before the head.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from jax import Array
+from jaxtyping import Float, Float32, Shaped
+
+from flax_vit import layers
+from flax_vit.checks import check_divisible, check_image_format, check_options, check_sizes, pair
+from flax_vit.layers import (
+    Identity,
+    LayerNorm,
+    add,
+    at_least_float32,
+    grid_of,
+    in_query_chunks,
+    product,
+    sequential,
+    to_patches,
+    weigh,
+)
+from flax_vit.sharding import laid_out_by_the_compiler
+from flax_vit.simple_vit import posemb_sincos_2d
+
+EPSILON = 1e-6  # of every LayerNorm, flax's default
+lecun_normal, xavier_uniform = nn.initializers.lecun_normal(), nn.initializers.xavier_uniform()
+almost_zeros, zeros = nn.initializers.normal(1e-6), nn.initializers.zeros
+
+
+def tanh_gelu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
+    """GELU by its tanh approximation, at least in float32."""
+    return jax.nn.gelu(x.astype(at_least_float32(x.dtype)), approximate=True).astype(x.dtype)
+
+
+class Layer(layers.Layer):
+    def layer_norm(self) -> LayerNorm:
+        return self.inner(LayerNorm, epsilon=EPSILON)
+
+
+class PatchProjection(layers.Layer):
+    """A convolution of patches that do not overlap, of images that are cut already."""
+
+    patch_size: tuple[int, int]
+    channels: int
+    dim: int
+
+    @nn.compact
+    def __call__(self, grid: Float[Array, 'batch rows columns values']) -> Float[Array, 'batch tokens dim']:
+        shape = *self.patch_size, self.channels, self.dim
+        kernel = self.param('kernel', lecun_normal, shape, self.param_dtype)
+        bias = self.param('bias', zeros, (self.dim,), self.param_dtype)
+        dtype = nn.dtypes.canonicalize_dtype(grid, kernel, bias, dtype=self.dtype)
+        patches = rearrange(grid.astype(dtype), 'b h w i -> b (h w) i')
+        return add(
+            product('bni,io->bno', patches, kernel.astype(dtype).reshape(-1, self.dim), precision=self.precision), bias
+        )
+
+
+class ToHeads(layers.Layer):
+    """Queries, keys or values of tokens: linen's DenseGeneral, the heads in front of the tokens."""
+
+    dim: int
+    heads: int
+    dim_head: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'batch tokens dim']) -> Float[Array, 'batch heads tokens dim_head']:
+        kernel = self.param('kernel', self.start, (self.dim, self.heads, self.dim_head), self.param_dtype)
+        bias = self.param('bias', zeros, (self.heads, self.dim_head), self.param_dtype)
+        dtype = nn.dtypes.canonicalize_dtype(x, kernel, bias, dtype=self.dtype)
+        x = product('bni,ihd->bhnd', x.astype(dtype), kernel.astype(dtype), precision=self.precision)
+        return add(x, bias[:, None])
+
+    @nn.nowrap
+    def start(self, key: Array, shape: Sequence[int], dtype: Any) -> Array:
+        return xavier_uniform(key, (self.dim, self.heads * self.dim_head), dtype).reshape(shape)
+
+
+class FromHeads(layers.Layer):
+    """Tokens of what the heads give: linen's DenseGeneral of two axes."""
+
+    dim: int
+    heads: int
+    dim_head: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'batch heads tokens dim_head']) -> Float[Array, 'batch tokens dim']:
+        kernel = self.param('kernel', self.start, (self.heads, self.dim_head, self.dim), self.param_dtype)
+        bias = self.param('bias', zeros, (self.dim,), self.param_dtype)
+        dtype = nn.dtypes.canonicalize_dtype(x, kernel, bias, dtype=self.dtype)
+        x = product('bhnd,hdo->bno', x.astype(dtype), kernel.astype(dtype), precision=self.precision)
+        return add(x, bias)
+
+    @nn.nowrap
+    def start(self, key: Array, shape: Sequence[int], dtype: Any) -> Array:
+        return xavier_uniform(key, (self.heads * self.dim_head, self.dim), dtype).reshape(shape)
+
+
+class Attention(Layer):
+    dim: int
+    heads: int
+    dim_head: int
+    query_chunk_size: int | None
+
+    def setup(self) -> None:
+        self.norm = self.layer_norm()
+        self.attend = Identity()  # names the attention map
+        self.query = self.inner(ToHeads)
+        self.key = self.inner(ToHeads)
+        self.value = self.inner(ToHeads)
+        self.out = self.inner(FromHeads)
+
+    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+        x = self.norm(x)
+        q, k, v = self.query(x), self.key(x), self.value(x)
+        return self.out(in_query_chunks(self, Attention.weigh, q, k, v, self.query_chunk_size))
+
+    @nn.nowrap
+    def weigh(
+        self,
+        q: Float[Array, 'batch heads i d'],
+        k: Float[Array, 'batch heads j d'],
+        v: Float[Array, 'batch heads j d'],
+    ) -> Float[Array, 'batch heads i d']:
+        return weigh(q, k, v, attend=self.attend, scale=self.dim_head**-0.5, precision=self.precision)
+
+
+class FeedForward(Layer):
+    dim: int
+    mlp_dim: int
+
+    def setup(self) -> None:
+        starts: Any = {'kernel_init': xavier_uniform, 'bias_init': almost_zeros}
+        self.net = [
+            self.layer_norm(),
+            self.linear(self.dim, self.mlp_dim, **starts),
+            tanh_gelu,
+            self.linear(self.mlp_dim, self.dim, **starts),
+        ]
+
+    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+        return sequential(self.net, x, train=train)
+
+
+class Transformer(Layer, layers.Transformer):
+    @nn.nowrap
+    def block(self) -> list[nn.Module]:
+        return [self.inner(Attention), self.inner(FeedForward)]
+
+
+class OfficialSimpleViT(Layer):
+    """The paper's own Simple ViT, big_vision's ViT with posemb='sincos2d' and pool_type='gap'; it has no dropout.
+
+    Raises ValueError when the fields make no model, and when the images it is called with don't fit.
+    """
+
+    HEAD: ClassVar[str] = 'head'
+    POSITIONS: ClassVar[str | None] = None  # the parameter; here they are computed
+    MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps
+    SAME_WEIGHTS: ClassVar[Sequence[str]] = ()  # fields that make other functions of them
+    patch_norm: ClassVar[bool] = False
+
+    image_size: int | tuple[int, int]  # pixels; (height, width) when not square. Images of other sizes are taken, too
+    patch_size: int | tuple[int, int]
+    num_classes: int  # 0: no head, the result is what it would get
+    dim: int  # a multiple of 4 and of heads
+    depth: int
+    heads: int
+    mlp_dim: int
+    channels: int = 3
+    rep_size: int = 0  # of the hidden layer before the head, 'pre_logits'; 0: none
+    image_format: str | None = None  # 'channels_first' or 'channels_last'; None: what fits, the latter where both do
+    query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
+    remat: bool = False  # the backward pass computes each layer's inside anew, instead of keeping it
+    scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`
+
+    def __post_init__(self) -> None:
+        check_sizes(self, pairs=('image_size', 'patch_size'), image_size=1, patch_size=1, channels=1)
+        check_sizes(self, num_classes=0, dim=8, depth=1, heads=1, mlp_dim=1, rep_size=0)
+        check_divisible(self, pair(self.image_size), pair(self.patch_size))
+        if self.dim % 4 or self.dim % self.heads:
+            raise ValueError(
+                f'OfficialSimpleViT: dim must be a multiple of 4 for the sincos table, and of heads={self.heads}, '
+                f'not {self.dim}.'
+            )
+        check_options(self)
+        check_image_format(self)
+        super().__post_init__()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The height and width of an image of `image_size` in patches."""
+        return grid_of(self)
+
+    @nn.nowrap
+    def pos_embedding(self, grid: tuple[int, int] | None = None) -> Float32[np.ndarray, 'tokens dim']:
+        """The position table of so many rows and columns of patches, else of `image_size`; it is no parameter."""
+        return posemb_sincos_2d(*(grid or self.grid), self.dim)
+
+    def setup(self) -> None:
+        rows, columns = pair(self.patch_size)
+
+        def cut(images: Shaped[Array | np.ndarray, '...']) -> Float[Array, 'batch rows columns values']:
+            return to_patches(
+                self,
+                images,
+                channels=self.channels,
+                patch_size=(rows, columns),
+                sizes=f'height and width multiples of {rows if rows == columns else (rows, columns)}',
+                fits=lambda height, width: height % rows == 0 and width % columns == 0 and height * width > 0,
+            )
+
+        self.to_patch_embedding = [cut, self.inner(PatchProjection, patch_size=(rows, columns))]
+        self.transformer = self.inner(Transformer, dim_head=self.dim // self.heads)
+        self.to_latent = Identity()
+        if self.rep_size:
+            self.pre_logits = self.linear(self.dim, self.rep_size, kernel_init=lecun_normal, bias_init=zeros)
+        if self.num_classes:
+            inputs = self.rep_size or self.dim
+            self.head = self.linear(inputs, self.num_classes, kernel_init=zeros, bias_init=zeros)
+
+    @laid_out_by_the_compiler
+    def __call__(
+        self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
+    ) -> Float[Array, 'batch outputs']:
+        """Logits (batch, num_classes) of images (batch, height, width, channels) or (batch, channels, height, width).
+
+        `train` is there for the other models' sake: this one computes the same in training.
+        """
+        cut, projection = self.to_patch_embedding
+        grid = cut(images)
+        x = projection(grid)
+        x = x + self.pos_embedding(grid.shape[1:3])[None].astype(x.dtype)
+        x = self.transformer(x, train=train)
+        x = self.to_latent(x.mean(axis=1))
+        if self.rep_size:
+            x = jnp.tanh(self.pre_logits(x))
+        return self.head(x) if self.num_classes else x
