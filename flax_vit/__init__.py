@@ -1,4 +1,4 @@
-"""vit-pytorch's ViT, SimpleViT and DeepViT as Flax modules."""
+"""vit-pytorch's ViT, SimpleViT and DeepViT, and their papers' own models, as Flax modules."""
 
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from flax_vit.folders.saving import save_pretrained
     from flax_vit.looking import Features, features
     from flax_vit.nnx_bridge import from_nnx, to_nnx
+    from flax_vit.official_deep_vit import OfficialDeepViT
+    from flax_vit.official_simple_vit import OfficialSimpleViT
     from flax_vit.serving import export_serving
     from flax_vit.sharding import shardings
     from flax_vit.simple_vit import SimpleViT
@@ -23,6 +25,8 @@ else:
         __name__,
         {
             'DeepViT': 'flax_vit.deep_vit',
+            'OfficialDeepViT': 'flax_vit.official_deep_vit',
+            'OfficialSimpleViT': 'flax_vit.official_simple_vit',
             'Features': 'flax_vit.looking',
             'PretrainedWarning': 'flax_vit.folders.pretrained',
             'SimpleViT': 'flax_vit.simple_vit',
@@ -47,6 +51,8 @@ else:
 
 __all__ = [
     'DeepViT',
+    'OfficialDeepViT',
+    'OfficialSimpleViT',
     'Features',
     'PretrainedWarning',
     'SimpleViT',

@@ -4,18 +4,20 @@ Where it names its TRANSFORMER, that can be converted, saved and read alone.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from flax import linen as nn
 
 from flax_vit.deep_vit import DeepViT
+from flax_vit.official_deep_vit import OfficialDeepViT
 from flax_vit.official_simple_vit import OfficialSimpleViT
 from flax_vit.simple_vit import SimpleViT
 from flax_vit.sizes import FIELDS
 from flax_vit.vit import ViT
 
-MODELS: dict[str, type[Any]] = {model.__name__: model for model in (DeepViT, OfficialSimpleViT, SimpleViT, ViT)}
+MODELS: dict[str, type[Any]] = {model.__name__: model for model in (DeepViT, OfficialDeepViT, OfficialSimpleViT, SimpleViT, ViT)}
 
 
 def field_names(model_class: type[nn.Module]) -> list[str]:
@@ -39,13 +41,17 @@ def is_ours(model: object) -> bool:
     return type(model) in MODELS.values()
 
 
-def sizes_by_name() -> dict[str, tuple[type[Any], dict[str, int]]]:
+def sizes_by_name() -> dict[str, tuple[type[Any], Mapping[str, Any]]]:
     """What `named` takes, 'simple_vit_s16' and so on, by the names of the models' files: the model and its fields."""
     return {
-        f'{model.__module__.rpartition(".")[2]}_{size}': (model, fields)
+        name: (model, fields)
         for model in MODELS.values()
-        for size, fields in FIELDS.items()
+        for name, fields in getattr(model, 'VARIANTS', _usual_sizes(model)).items()
     }
+
+
+def _usual_sizes(model: type[Any]) -> Mapping[str, Mapping[str, Any]]:
+    return {f'{model.__module__.rpartition(".")[2]}_{size}': fields for size, fields in FIELDS.items()}
 
 
 def named(name: str, **overrides: Any) -> Any:
@@ -54,6 +60,7 @@ def named(name: str, **overrides: Any) -> Any:
     Args:
         name: The model and the size: 'simple_vit_s16' is SimpleViT S with patches of 16 x 16 pixels. Sizes are Ti, S, B
             and L with patches of 16 or 32, for 224 x 224 images, and 'readme', vit-pytorch's example, for 256 x 256.
+            Of the papers' own models: 'official_simple_vit_s16', and 'deepvit_S' and the others that its authors named.
         **overrides: Fields of the model, instead of or beside those of the size.
 
     Returns:

@@ -67,9 +67,9 @@ def check_pool(model: Any) -> None:
 
 def check_options(model: Any) -> None:
     """ValueError unless the fields that say how a model is computed, not what, make sense."""
-    if model.query_chunk_size is not None:
+    if getattr(model, 'query_chunk_size', None) is not None:
         check_sizes(model, query_chunk_size=1)
-    check_switches(model, 'remat', 'scan_layers')
+    check_switches(model, *(name for name in ('remat', 'scan_layers') if hasattr(model, name)))
     precision = model.precision
     one_for_each = precision if isinstance(precision, tuple) and len(precision) == 2 else (precision,)
     algorithm = isinstance(precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset) or (

@@ -72,6 +72,27 @@ class Linear(Layer):
         return x if bias is None else add(x, bias)
 
 
+class PatchProjection(Layer):
+    """`torch.nn.Conv2d` of patches that do not overlap, of images that are cut already."""
+
+    patch_size: tuple[int, int]
+    channels: int
+    dim: int
+    kernel_init: Initializer | None = None  # None: as PyTorch's
+    bias_init: Initializer | None = None
+
+    @nn.compact
+    def __call__(self, grid: Float[Array, 'batch rows columns values']) -> Float[Array, 'batch tokens dim']:
+        shape = *self.patch_size, self.channels, self.dim
+        init = uniform(math.prod(shape[:-1]) ** -0.5)
+        kernel = self.param('kernel', self.kernel_init or init, shape, self.param_dtype)
+        bias = self.param('bias', self.bias_init or init, (self.dim,), self.param_dtype)
+        dtype = nn.dtypes.canonicalize_dtype(grid, kernel, bias, dtype=self.dtype)
+        patches = rearrange(grid.astype(dtype), 'b h w values -> b (h w) values')
+        matrix = kernel.astype(dtype).reshape(-1, self.dim)
+        return add(product('bni,io->bno', patches, matrix, precision=self.precision), bias)
+
+
 class LayerNorm(Layer):
     """`torch.nn.LayerNorm` of the last axis: two-pass variance, statistics at least in float32.
 

@@ -15,7 +15,7 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from flax_vit.architectures import MODELS, is_ours
-from flax_vit.stacking import Path, stacked_path, unstack_layers
+from flax_vit.stacking import Path, is_stacked, stacked_path, unstack_layers
 
 
 class Features(NamedTuple):
@@ -76,7 +76,7 @@ def features(
         places['embedding'] = _after(model, -1)
         places['tokens'] = {block: _after(model, number) for block, number in numbers.items()}
     if attention:
-        model = model.clone(query_chunk_size=None)
+        model = with_whole_maps(model)
         for kind, name in model.MAPS.items():
             places[kind] = {
                 block: ('transformer', f'layers_{number}_0', name, 'output') for block, number in numbers.items()
@@ -86,7 +86,7 @@ def features(
         return isinstance(node, tuple)
 
     wanted = set(jax.tree.leaves(places, is_leaf=is_place))
-    if model.scan_layers:
+    if is_stacked(model):
         wanted = {stacked_path(place)[1] for place in wanted}
 
     def keep(function: Any, arguments: Any, keywords: Any, context: nn.module.InterceptorContext) -> Any:
@@ -100,7 +100,14 @@ def features(
     with nn.intercept_methods(keep):
         logits, state = model.apply(variables, images, mutable=['intermediates'])
     kept = flatten_dict(unstack_layers(state['intermediates']))
+    for kind in model.MAPS if attention else ():  # of an OfficialDeepViT, some blocks have no re-attention
+        places[kind] = {block: place for block, place in places[kind].items() if place in kept}
     return Features(logits, **jax.tree.map(kept.__getitem__, places, is_leaf=is_place))
+
+
+def with_whole_maps(model: Any) -> Any:
+    """The model that computes its attention maps all at once."""
+    return model.clone(query_chunk_size=None) if getattr(model, 'query_chunk_size', None) else model
 
 
 def _number(model: Any, block: int) -> int:

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax import linen as nn
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_vit.architectures import MODELS, classes
 from flax_vit.parameters import check_variables
+
+KINDS = {'params': nnx.Param, 'batch_stats': nnx.BatchStat}
 
 
 class NNXModel(nnx.bridge.ToNNX):
@@ -52,8 +54,9 @@ def to_nnx(model: nn.Module, variables: Mapping[str, Any], rngs: nnx.Rngs | None
     """
     check_variables(model, variables)
     module = NNXModel(model, rngs)
-    for name, tree in variables['params'].items():
-        setattr(module, name, nnx.data(jax.tree.map(nnx.Param, tree)))
+    flat = {path[1:]: KINDS[path[0]](array) for path, array in flatten_dict(variables).items()}
+    for name, tree in unflatten_dict(flat).items():
+        setattr(module, name, nnx.data(tree))
     return module
 
 
@@ -72,4 +75,5 @@ def from_nnx(module: nnx.bridge.ToNNX) -> dict[str, Any]:
     inner: Any = module.to_nnx__module if isinstance(module, nnx.bridge.ToNNX) else module
     if inner is module or not isinstance(inner, tuple(classes().values())):
         raise ValueError(f'from_nnx takes what to_nnx made of a {" or a ".join(MODELS)}, not a {type(inner).__name__}.')
-    return {'params': nnx.to_pure_dict(nnx.state(module, nnx.Param))}
+    found = {name: nnx.to_pure_dict(nnx.state(module, kind)) for name, kind in KINDS.items()}
+    return {name: tree for name, tree in found.items() if tree}

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import linen as nn
 from jax import Array
 from jaxtyping import Float, Float32, Shaped
@@ -20,6 +19,7 @@ from flax_vit.checks import check_divisible, check_image_format, check_options, 
 from flax_vit.layers import (
     Identity,
     LayerNorm,
+    PatchProjection,
     add,
     at_least_float32,
     grid_of,
@@ -31,6 +31,7 @@ from flax_vit.layers import (
 )
 from flax_vit.sharding import laid_out_by_the_compiler
 from flax_vit.simple_vit import posemb_sincos_2d
+from flax_vit.sizes import FIELDS
 
 EPSILON = 1e-6  # of every LayerNorm, flax's default
 lecun_normal, xavier_uniform = nn.initializers.lecun_normal(), nn.initializers.xavier_uniform()
@@ -45,25 +46,6 @@ def tanh_gelu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
 class Layer(layers.Layer):
     def layer_norm(self) -> LayerNorm:
         return self.inner(LayerNorm, epsilon=EPSILON)
-
-
-class PatchProjection(layers.Layer):
-    """A convolution of patches that do not overlap, of images that are cut already."""
-
-    patch_size: tuple[int, int]
-    channels: int
-    dim: int
-
-    @nn.compact
-    def __call__(self, grid: Float[Array, 'batch rows columns values']) -> Float[Array, 'batch tokens dim']:
-        shape = *self.patch_size, self.channels, self.dim
-        kernel = self.param('kernel', lecun_normal, shape, self.param_dtype)
-        bias = self.param('bias', zeros, (self.dim,), self.param_dtype)
-        dtype = nn.dtypes.canonicalize_dtype(grid, kernel, bias, dtype=self.dtype)
-        patches = rearrange(grid.astype(dtype), 'b h w i -> b (h w) i')
-        return add(
-            product('bni,io->bno', patches, kernel.astype(dtype).reshape(-1, self.dim), precision=self.precision), bias
-        )
 
 
 class ToHeads(layers.Layer):
@@ -168,6 +150,8 @@ class OfficialSimpleViT(Layer):
     POSITIONS: ClassVar[str | None] = None  # the parameter; here they are computed
     MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ()  # fields that make other functions of them
+    # By the names that `named` knows: that of the published weights.
+    VARIANTS: ClassVar[Mapping[str, Mapping[str, Any]]] = {'official_simple_vit_s16': {**FIELDS['s16'], 'rep_size': 384}}
     patch_norm: ClassVar[bool] = False
 
     image_size: int | tuple[int, int]  # pixels; (height, width) when not square. Images of other sizes are taken, too
@@ -220,7 +204,10 @@ class OfficialSimpleViT(Layer):
                 fits=lambda height, width: height % rows == 0 and width % columns == 0 and height * width > 0,
             )
 
-        self.to_patch_embedding = [cut, self.inner(PatchProjection, patch_size=(rows, columns))]
+        projection = self.inner(
+            PatchProjection, patch_size=(rows, columns), kernel_init=lecun_normal, bias_init=zeros
+        )
+        self.to_patch_embedding = [cut, projection]
         self.transformer = self.inner(Transformer, dim_head=self.dim // self.heads)
         self.to_latent = Identity()
         if self.rep_size:

@@ -1,4 +1,4 @@
-"""The parameters of a model: which there are, of which shape, and whether given ones are they."""
+"""The variables of a model: which there are, of which shape, and whether given ones are they."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -15,17 +15,16 @@ from flax_vit.checks import FLOATS, pair
 from flax_vit.layers import Transformer
 
 
-def param_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """The shapes of the model's parameters by path; nothing is computed."""
+def variable_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
+    """The shapes of the model's variables by path, ('params', …); nothing is computed."""
     # of any dtype, also of one that JAX has switched off
-    return _param_shapes(reads_channels_last(model).clone(dtype=None, param_dtype=jnp.float32))
+    return _variable_shapes(reads_channels_last(model).clone(dtype=None, param_dtype=jnp.float32))
 
 
 @cache  # tracing a deep model takes tenths of a second, and reading a folder asks several times
-def _param_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
+def _variable_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
     inputs = jax.ShapeDtypeStruct((1, *input_shape(model)), jnp.float32)
-    shapes = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), inputs)['params'])
-    return MappingProxyType(shapes)
+    return MappingProxyType(flatten_dict(jax.eval_shape(model.init, jax.random.key(0), inputs)))
 
 
 def input_shape(model: Any) -> tuple[int, ...]:
@@ -40,7 +39,12 @@ def reads_channels_last(model: Any) -> Any:
 
 def saved_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The same as they are written in a file."""
-    return {'/'.join(('params', *path)): shape.shape for path, shape in param_shapes(model).items()}
+    return {'/'.join(path): shape.shape for path, shape in variable_shapes(model).items()}
+
+
+def collections_of(model: nn.Module) -> list[str]:
+    """What linen calls the groups of its variables: 'params' and, where it has a BatchNorm, 'batch_stats'."""
+    return list(dict.fromkeys(path[0] for path in variable_shapes(model)))
 
 
 def check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
@@ -48,9 +52,11 @@ def check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
     name = type(model).__name__
     if type(model) not in classes().values():
         raise ValueError(f'The model must be a {" or a ".join(MODELS)}, not a {name}.')
-    if not isinstance(variables, Mapping) or set(variables) != {'params'}:
+    collections = collections_of(model)
+    if not isinstance(variables, Mapping) or set(variables) != set(collections):
         found = f'a dict of {sorted(variables)}' if isinstance(variables, Mapping) else f'a {type(variables).__name__}'
-        raise ValueError(f"The variables of a {name} are {{'params': …}}, not {found}.")
+        expected = ', '.join(f"'{collection}': …" for collection in collections)
+        raise ValueError(f'The variables of a {name} are {{{expected}}}, not {found}.')
     shapes = {'/'.join(map(str, path)): getattr(array, 'shape', ()) for path, array in flatten_dict(variables).items()}
     check_shapes(saved_shapes(model), shapes, f'The variables of this {name}')
 

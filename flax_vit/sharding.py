@@ -140,7 +140,7 @@ def laid_out_by_the_compiler(call: Callable[..., Any]) -> Callable[..., Any]:
                     logits, sown = jax.sharding.reshard((logits, sown), jax.tree.map(by_image, (logits, sown)))
                 return logits, (params, sown)
 
-            return lift.pack(run, (True,), ('params', True), (True,))
+            return lift.pack(run, (True,), (['params', 'batch_stats'], True), (True,))
 
         return nn.transforms.lift_transform(lifted, lambda self, images: call(self, images, train))(self, images)
 

@@ -12,6 +12,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 Path = tuple[Any, ...]  # an optimizer's dicts may have other keys than strings
 
 
+def is_stacked(model: Any) -> bool:
+    """Whether the blocks of the model have their parameters in one array: a model whose blocks differ can't."""
+    return getattr(model, 'scan_layers', False)
+
+
+def one_by_one(model: Any) -> Any:
+    """The model with parameters for each block."""
+    return model.clone(scan_layers=False) if is_stacked(model) else model
+
+
 def stack_layers(variables: Any) -> Any:
     """The variables of a model for the same model with `scan_layers=True`; the same bits.
 

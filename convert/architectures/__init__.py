@@ -9,6 +9,7 @@ from flax import linen as nn
 
 from convert.architectures.architecture import Architecture, Layout
 from convert.architectures.deep_vit import DeepViTArchitecture
+from convert.architectures.official_deep_vit import OfficialDeepViTArchitecture
 from convert.architectures.official_simple_vit import OfficialSimpleViTArchitecture
 from convert.architectures.simple_vit import SimpleViTArchitecture
 from convert.architectures.transformer import TransformerArchitecture
@@ -20,6 +21,7 @@ ARCHITECTURES: list[Architecture] = [
     SimpleViTArchitecture(),
     DeepViTArchitecture(),
     OfficialSimpleViTArchitecture(),
+    OfficialDeepViTArchitecture(),
 ]
 
 

@@ -19,7 +19,7 @@ from flax_vit.layers import grid_of
 IDENTITY = 'torch.nn.modules.linear.Identity'
 MOST_SHOWN = 4  # of rates that differ
 _RANGE = re.compile(r'(?P<first>[\d.]+)(?: to (?P<last>[\d.]+)|(?P<later> and later))?')
-_NUMBER = re.compile(r'(?:(?<=\blayers\.)|(?<=encoder_)|(?<=encoderblock_))\d+(?=\.)')  # of a block, in a name
+_NUMBER = re.compile(r'(?:(?<=\blayers\.)|(?<=encoder_)|(?<=encoderblock_)|(?<=\bblocks\.))\d+(?=\.)')  # of a block, in a name
 
 
 @dataclass(frozen=True)
@@ -218,6 +218,14 @@ class Architecture:
         """Fields that say which parameters there are, as tensors of these names and shapes tell them."""
         return {}
 
+    def fields_of_probe(self, told: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        """The fields of a small model of `depth` blocks that has all parameters which any of the blocks has."""
+        return {**self.probe, **told, 'depth': depth}
+
+    def is_in_block(self, name: str, block: int, told: Mapping[str, Any]) -> bool:
+        """Whether that block has what the layout calls `name`, `#` for the block's number, as names tell fields."""
+        return True
+
     def empty(self, model: Any) -> dict[str, tuple[int, ...]]:
         """The shapes of parameters that PyTorch's module has and that hold nothing, by today's names."""
         return {}
@@ -307,6 +315,14 @@ class Architecture:
             parts |= self.block_parts(block)
         return parts | {'to_latent': 'pooled features', '': 'logits' if model.num_classes else 'features'}
 
+    def maps_of_block(self, model: Any, block: int) -> tuple[AttentionMap, ...]:
+        """Its attention maps."""
+        return self.attention_maps
+
+    def variants(self) -> Mapping[str, Mapping[str, Any]]:
+        """The fields of models that have a name of their own, which a trainer may have kept as `arch`."""
+        return {}
+
     def table(self, model: Any) -> tuple[float, float] | None:
         """How far positions that are no parameters are from PyTorch's on this machine, and how far they may be."""
         return None
@@ -373,6 +389,34 @@ def patches_of(fields: Mapping[str, Field], patch_dim: int, default: int) -> dic
     )
     why = f"{arithmetic}, and vit-pytorch's default of {default} channels does not fit a square: {choices}"
     return {'channels': Field(None, 'unknown', why), 'patch_size': Field(None, 'unknown')}
+
+
+def image_of_patches(
+    fields: Mapping[str, Field], patches: int, how: Literal['inferred', 'assumed']
+) -> dict[str, Field]:
+    """image_size of a model whose pos_embedding has a row for each patch: that of a square if that can be."""
+    image_size, patch_size = fields.get('image_size'), fields['patch_size']
+    if patch_size.value is None:
+        return {} if image_size else {'image_size': Field(None, 'unknown')}
+    rows, columns = pair(patch_size.value)
+    if image_size:
+        height, width = pair(image_size.value)
+        if height % rows or width % columns or (height // rows) * (width // columns) != patches:
+            raise ConversionError(
+                f'image_size={image_size.value!r} contradicts the weights: pos_embedding has {patches} patches, of '
+                f'{rows} x {columns}. For another size, convert the model as it is, save it, and read it again: '
+                f'flax_vit.from_pretrained(folder, image_size={image_size.value!r}).'
+            )
+        return {}
+    side = math.isqrt(patches)
+    if side**2 == patches:
+        size = one_or_pair((side * rows, side * columns))
+        return {'image_size': Field(size, how, f'{side} x {side} patches of {patch_size.value}, if images are square')}
+    choices = ', '.join(
+        str((height * rows, patches // height * columns)) for height in range(1, patches + 1) if patches % height == 0
+    )
+    why = f'pos_embedding has {patches} patches, of {rows} x {columns}: (height, width) may be {choices}'
+    return {'image_size': Field(None, 'unknown', why)}
 
 
 def prenorm(residual: str = '') -> dict[str, str]:

@@ -1,6 +1,5 @@
 """vit-pytorch's ViT: the layouts of its names, and what people get wrong in it. Imports flax_vit."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,13 +16,11 @@ from convert.architectures.architecture import (
     class_name,
     dropout_rate,
     first_attention,
-    one_or_pair,
+    image_of_patches,
     other_heads,
     prenorm,
 )
 from convert.architectures.way import ACTIVATIONS, Way, class_token_mistakes
-from convert.errors import ConversionError
-from flax_vit.checks import pair
 from flax_vit.vit import ViT
 
 # What releases computed differently from today's.
@@ -142,34 +139,9 @@ class ViTArchitecture(Architecture):
         )
 
     def image_size(self, fields: Mapping[str, Field], sizes: Mapping[str, int]) -> dict[str, Field]:
-        """pos_embedding has a row for each patch, of a square if that can be, beside the class token's."""
-        image_size, patch_size, patches = fields.get('image_size'), fields['patch_size'], sizes['patches']
-        if patch_size.value is None:
-            return {} if image_size else {'image_size': Field(None, 'unknown')}
-        rows, columns = pair(patch_size.value)
-        if image_size:
-            height, width = pair(image_size.value)
-            if height % rows or width % columns or (height // rows) * (width // columns) != patches:
-                raise ConversionError(
-                    f'image_size={image_size.value!r} contradicts the weights: pos_embedding has {patches} patches, of '
-                    f'{rows} x {columns}. For another size, convert the model as it is, save it, and read it again: '
-                    f'flax_vit.from_pretrained(folder, image_size={image_size.value!r}).'
-                )
-            return {}
-        side = math.isqrt(patches)
-        if side**2 == patches:
-            size = one_or_pair((side * rows, side * columns))
-            why = f'{side} x {side} patches of {patch_size.value}, if the images are square'
-            # Oblong images of as many patches are computed the same. Only what a file may say of them is still asked.
-            live = 'emb_dropout' in fields and fields['emb_dropout'].how == 'inferred'
-            return {'image_size': Field(size, 'inferred' if live else 'assumed', why)}
-        choices = ', '.join(
-            str((height * rows, patches // height * columns))
-            for height in range(1, patches + 1)
-            if patches % height == 0
-        )
-        why = f'pos_embedding has {patches} patches, of {rows} x {columns}: (height, width) may be {choices}'
-        return {'image_size': Field(None, 'unknown', why)}
+        # Oblong images of as many patches are computed the same. Only what a file may say of them is still asked.
+        live = 'emb_dropout' in fields and fields['emb_dropout'].how == 'inferred'
+        return image_of_patches(fields, sizes['patches'], 'inferred' if live else 'assumed')
 
     def known_fields(self, module: Any) -> dict[str, Any]:
         dropouts = {'dropout': dropout_rate(module.transformer), 'emb_dropout': module.dropout.p}

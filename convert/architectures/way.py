@@ -114,8 +114,16 @@ class Way:
         """Position tables that are wrong, by the words for it."""
         return {'without positions': np.zeros_like(self.tensors['pos_embedding'])}
 
+    def branch_mistakes(self, part: str) -> Iterator['Mistake']:
+        """What may be done by mistake in an attention or a feed-forward of this kind of model alone."""
+        yield from ()
+
     def head_mistakes(self) -> Iterator['Mistake']:
         """What may be done by mistake between pooling and logits."""
+        yield from ()
+
+    def stem_mistakes(self) -> Iterator['Mistake']:
+        """What may be done by mistake before there are tokens, where images are not cut into patches at first."""
         yield from ()
 
     def compute(self, part: str, inputs: Sequence[np.ndarray]) -> np.ndarray:

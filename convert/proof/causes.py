@@ -95,7 +95,7 @@ def wrong_parameters(
     """In words, which of the part's parameters are not the source's bit for bit; and these, by name, as the port's."""
     found: dict[str, np.ndarray] = {}
     last_place = 0.0  # twice that of the port's own dtype, which may have rounded besides
-    for path, array in flatten_dict(variables.get('params', {})).items():
+    for path, array in flatten_dict(variables).items():
         rule = leaf(path, np.ndim(array))
         if rule.name.startswith(way.owned(way.model, part)):
             found[rule.name] = np.asarray(rule.to_torch(np.asarray(array)), np.float64)

@@ -28,13 +28,13 @@ class FlaxSide:
 
     def moved(self, moves: Mapping[str, np.ndarray]) -> 'FlaxSide':
         """The same model, its parameters moved by so much, by PyTorch's names and in its order of axes."""
-        flat = flatten_dict(self.variables['params'])
+        flat = flatten_dict(self.variables)
         for path, array in flat.items():
             rule = leaf(path, array.ndim)
             if rule.name in moves:
                 flat[path] = (np.asarray(array, np.float64) + rule.to_flax(moves[rule.name])).astype(array.dtype)
         other = copy(self)  # with what is compiled
-        other.variables = {'params': unflatten_dict(flat)}
+        other.variables = unflatten_dict(flat)
         return other
 
     def outputs(self, dtype: str, images: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
@@ -47,7 +47,7 @@ class FlaxSide:
 
     def gradients(self, dtype: str, images: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
         """The gradients of the sum of weights x logits with respect to every parameter, in PyTorch's order of axes."""
-        flat = flatten_dict(self._gradients(*cast((self.variables, images, weights), dtype), dtype=dtype)['params'])
+        flat = flatten_dict(self._gradients(*cast((self.variables, images, weights), dtype), dtype=dtype))
         rules = {path: leaf(path, gradient.ndim) for path, gradient in flat.items()}
         return {rule.name: rule.to_torch(np.asarray(flat[path], np.float64)) for path, rule in rules.items()}
 
@@ -66,11 +66,11 @@ class FlaxSide:
     def _traced_gradients(
         self, variables: Mapping[str, Any], images: jax.Array, weights: jax.Array, *, dtype: str
     ) -> Any:
-        def loss(variables: Mapping[str, Any]) -> jax.Array:
-            logits: Any = self._in(dtype).apply(variables, images)
+        def loss(params: Mapping[str, Any]) -> jax.Array:
+            logits: Any = self._in(dtype).apply({**variables, 'params': params}, images)
             return (logits * weights).sum()
 
-        return jax.grad(loss)(variables)
+        return {'params': jax.grad(loss)(variables['params'])}
 
 
 @partial(jax.jit, static_argnums=1)  # one program for all arrays compiles sooner than one for each shape

@@ -29,7 +29,9 @@ def mistakes(way: Way, part: str, tokens: int) -> Iterator[Mistake]:
     tensors = {name: tensor for name, tensor in way.tensors.items() if name.startswith(way.owned(way.model, part))}
     yield from _mistakes_of_norms(tensors, part, way)
     yield from _mistakes_of_tensors(tensors, part)
-    if part.startswith('to_patch_embedding'):
+    if part == 'to_patch_embedding.8':
+        yield from way.stem_mistakes()
+    elif part.startswith('to_patch_embedding'):
         yield from _mistakes_of_patches(way, tensors)
     elif part == 'to_latent':
         yield from _mistakes_of_pooling(way)
@@ -42,6 +44,8 @@ def mistakes(way: Way, part: str, tokens: int) -> Iterator[Mistake]:
         yield Mistake('with ReLU instead of GELU', {'activation': 'relu'})
     else:
         yield from way.head_mistakes()
+    if part.startswith('transformer.layers'):
+        yield from way.branch_mistakes(part)
     if part == 'transformer.layers.0.0':
         for words, table in way.position_mistakes().items():
             yield Mistake(words, tensors={'pos_embedding': table})
@@ -56,6 +60,7 @@ def _mistakes_of_norms(tensors: Mapping[str, np.ndarray], part: str, way: Way) -
         name.removesuffix('.weight')
         for name, tensor in tensors.items()
         if name.endswith('.weight') and tensor.ndim == 1
+        if f'{name.removesuffix("weight")}running_mean' not in tensors  # a BatchNorm
     ]
     groups = {'': norms} | ({f' in {short(norm, part)}': [norm] for norm in norms} if len(norms) > 1 else {})
     for where, group in groups.items() if norms else ():

@@ -21,8 +21,9 @@ from convert.proof.torch_side import TorchSide
 from convert.recognition.names import differences, leaf
 from flax_vit.architectures import name_of
 from flax_vit.checks import floating_dtype
+from flax_vit.looking import with_whole_maps
 from flax_vit.parameters import check_variables, input_shape, reads_channels_last
-from flax_vit.stacking import unstack_layers
+from flax_vit.stacking import is_stacked, one_by_one, unstack_layers
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,8 @@ def verify(
     given = images is not None
     with jax.enable_x64(True):
         model, variables = converted or (inspection.model, place(inspection))
-        if model.scan_layers:  # for blocks that have a name each
-            model, variables = model.clone(scan_layers=False), unstack_layers(variables)
+        if is_stacked(model):  # for blocks that have a name each
+            model, variables = one_by_one(model), unstack_layers(variables)
         tensors, rounded = tensors_as_converted(inspection, model, variables)
         if given:
             images = channels_last(model, variables, images)
@@ -260,7 +261,7 @@ def tensors_as_converted(
     ValueError when they are none of the model.
     """
     check_variables(model, variables)
-    rules = {leaf(path, array.ndim): array for path, array in flatten_dict(variables['params']).items()}
+    rules = {leaf(path, array.ndim): array for path, array in flatten_dict(variables).items()}
     ours = {
         rule.name: jax.ShapeDtypeStruct(rule.torch_shape(array.shape), array.dtype) for rule, array in rules.items()
     }
@@ -340,12 +341,12 @@ def attention_maps(torch: TorchSide, flax: FlaxSide, image: np.ndarray) -> dict[
     maps = {
         f'block {block}{kind.words}': (f'{architecture.blocks}.{block}.0.', kind)
         for block in sorted({0, depth // 2, depth - 1})
-        for kind in architecture.attention_maps
+        for kind in architecture.maps_of_block(flax.model, block)
     }
     if not maps:
         return {}
     theirs = torch.outputs('float64', image, [part + kind.torch for part, kind in maps.values()])
-    whole = FlaxSide(flax.model.clone(query_chunk_size=None), flax.variables)  # for maps that are held at once
+    whole = FlaxSide(with_whole_maps(flax.model), flax.variables)  # for maps that are held at once
     ours = whole.outputs('float64', image, [part + kind.flax for part, kind in maps.values()])
 
     def heads_first(attention: np.ndarray, kind: AttentionMap) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.architectures import architecture_of
 from convert.architectures.architecture import Field, one_or_pair
 from convert.errors import ConversionError, printable
 from convert.recognition.fields import resolve
@@ -24,6 +25,7 @@ WORDS = frozenset(
     )
 )  # fmt: skip
 AGREE = 2
+NAMES = frozenset({'arch', 'model', 'model_name'})  # under which trainers keep the name of a model
 TRAINING = frozenset({'dropout', 'emb_dropout'})  # fields that change nothing after training
 
 
@@ -49,7 +51,7 @@ def read_arguments(
     found: dict[str, Any] = {}
     places: dict[str, str] = {}
     contradictions: list[str] = []
-    for arguments in groups(tree, names) if still else ():
+    for arguments in groups(tree, names, architecture_of(fit.layout.model).variants()) if still else ():
         values = {
             name: value
             for name, value in arguments.values.items()
@@ -90,8 +92,13 @@ def read_arguments(
     return {**resolved, **read}
 
 
-def groups(tree: Mapping[Any, Any], names: list[str]) -> Iterator[Arguments]:
-    """The arguments in every dict of the tree: under their names, or all under names with one beginning."""
+def groups(
+    tree: Mapping[Any, Any], names: list[str], variants: Mapping[str, Mapping[str, Any]]
+) -> Iterator[Arguments]:
+    """The arguments in every dict of the tree: under their names, or all under names with one beginning.
+
+    `variants`: those of models with a name of their own, which stands in for them.
+    """
     longest_first = sorted(names, key=len, reverse=True)  # mlp_dim before dim
     waiting: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), tree)]
     entered = set()  # a dict may hold itself
@@ -101,6 +108,10 @@ def groups(tree: Mapping[Any, Any], names: list[str]) -> Iterator[Arguments]:
             continue
         entered.add(id(node))
         waiting += [((*path, str(key)), value) for key, value in node.items() if isinstance(value, Mapping)]
+        for key in NAMES & node.keys():
+            if isinstance(node[key], str) and node[key] in variants:
+                where = printable('.'.join((*path, key)))
+                yield Arguments(where, {n: value for n, value in variants[node[key]].items() if n in names}, True)
         by_beginning: dict[str, dict[str, Any]] = {}
         for key, value in node.items():
             usable = plain(value)

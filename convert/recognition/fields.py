@@ -66,7 +66,7 @@ def resolve(fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any] | None 
             why = f'{eras} wrote the same names: give release=, that of the training, or {name}='
             fields.setdefault(name, Field(default, 'assumed', why))
         elif name in architecture.assumed:
-            fields.setdefault(name, Field(default, 'assumed', "vit-pytorch's default"))
+            fields.setdefault(name, Field(default, 'assumed', f"{fit.layout.source}'s default"))
         elif name == 'param_dtype':  # unless all tensors have the same
             fields.setdefault(name, Field(np.dtype(default), 'inferred', "the models' default: the tensors differ"))
         else:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from convert.architectures import architecture_of
 from convert.architectures.architecture import Axis, Layout, block_number, flax_name, pattern
 from convert.recognition.names import Leaf, differences, leaf
-from flax_vit.parameters import param_shapes
+from flax_vit.parameters import variable_shapes
 
 Shapes = Mapping[str, tuple[Any, ...]]  # a size, or what it holds in words
 
@@ -27,7 +27,7 @@ def leaves(
     `told`: the fields that names tell, `Fit.told`.
     """
     architecture = architecture_of(layout.model)
-    probe = layout.model(**{**architecture.probe, **(told or {}), **layout.fields, 'depth': depth})
+    probe = layout.model(**architecture.fields_of_probe({**(told or {}), **layout.fields}, depth))
     quantities = architecture.quantities(probe)
     axes = {axis.size(quantities): axis for axis in architecture.axes}
 
@@ -52,7 +52,7 @@ def leaves(
 
 @cache  # the model is traced once for all layouts that are names of it
 def _shapes(probe: nn.Module) -> dict[Leaf, tuple[int, ...]]:
-    return {leaf(path, len(shape.shape)): shape.shape for path, shape in param_shapes(probe).items()}
+    return {leaf(path, len(shape.shape)): shape.shape for path, shape in variable_shapes(probe).items()}
 
 
 @cache
@@ -178,6 +178,7 @@ def fit(layout: Layout, shapes: Shapes, patterns: Mapping[str, str], *, head: bo
         for wanted in axes
         # a model without a block is none of ours, nor one with more than anybody trained (as a hostile file may have)
         for number in range(min(max(depth, 1), MOST_BLOCKS) if '#' in wanted else 1)
+        if architecture.is_in_block(wanted, number, told)
     }
     different = {name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)}
     body = all(_is_part(name, _head(layout)) for name in different)

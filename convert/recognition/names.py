@@ -13,17 +13,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from convert.architectures.architecture import flax_axes
 from convert.errors import ConversionError
-from flax_vit.parameters import param_shapes
-from flax_vit.stacking import stack_layers, unstack_layers
+from flax_vit.parameters import collections_of, variable_shapes
+from flax_vit.stacking import is_stacked, one_by_one, stack_layers, unstack_layers
 
 Path = tuple[str, ...]
+
+WEIGHTS = {'kernel': 'weight', 'scale': 'weight'}
 
 
 @dataclass(frozen=True)
 class Leaf:
     """How one parameter travels between the frameworks."""
 
-    path: Path  # in the Flax parameters: ('transformer', 'layers_3_1', 'net_4', 'kernel')
+    path: Path  # in the Flax variables: ('params', 'transformer', 'layers_3_1', 'net_4', 'kernel')
     name: str  # in vit-pytorch: 'transformer.layers.3.1.net.4.weight'
     axes: tuple[int, ...]  # PyTorch's axes in Flax's order
     batched: bool = False  # the layout has it with an axis more, 1, in front
@@ -46,14 +48,14 @@ class Leaf:
 
 
 def leaf(path: Path, dimensions: int) -> Leaf:
-    """The rule for the Flax parameter at `path`: its PyTorch name and the order of its axes.
+    """The rule for the Flax variable at `path`: its PyTorch name and the order of its axes.
 
     Linen names the submodules in a list by position, so `net_4` is PyTorch's `net.4`. A kernel is PyTorch's weight, of
     other axes, a norm's scale its weight; everything else has the same name and the same axes.
     """
-    *modules, last = path
-    weight = {'kernel': 'weight', 'scale': 'weight'}.get(last, last)
-    return Leaf(path, torch_module_name([*modules, weight]), flax_axes(last, dimensions))
+    collection, *modules, last = path
+    called = f'running_{last}' if collection == 'batch_stats' else WEIGHTS.get(last, last)
+    return Leaf(path, torch_module_name([*modules, called]), flax_axes(last, dimensions))
 
 
 def torch_module_name(path: Sequence[str]) -> str:
@@ -73,8 +75,8 @@ def to_flax(
     One tensor at a time is copied out of `tensors`, which may be views of a mapped file. Raises ConversionError with
     every name that is missing (-), left over (+) or misshapen.
     """
-    stacked, model = model.scan_layers, model.clone(scan_layers=False)
-    shapes = {leaf(path, len(shape.shape)): shape.shape for path, shape in param_shapes(model).items()}
+    stacked, model = is_stacked(model), one_by_one(model)
+    shapes = {leaf(path, len(shape.shape)): shape.shape for path, shape in variable_shapes(model).items()}
     expected = {rule.name: rule.torch_shape(shape) for rule, shape in shapes.items()}
     problems = differences(expected, {name: tensor.shape for name, tensor in tensors.items()})
     if problems:
@@ -84,8 +86,8 @@ def to_flax(
         return jnp.array(array, dtype=param_dtype)  # a copy: no leaf stays a view of the file
 
     flat = {rule.path: place(rule.to_flax(tensors[rule.name])) for rule in track(list(shapes))}
-    params = unflatten_dict(flat)
-    return {'params': stack_layers(params) if stacked else params}
+    variables = unflatten_dict(flat)
+    return stack_layers(variables) if stacked else variables
 
 
 def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -93,12 +95,13 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
 
     Raises ConversionError when the variables are not those of the model.
     """
-    if set(variables) != {'params'}:
-        raise ConversionError(f"variables must be {{'params': …}}, not a dict of {sorted(variables)}.")
-    if model.scan_layers:
-        model, variables = model.clone(scan_layers=False), unstack_layers(variables)
-    flat = flatten_dict(variables['params'])
-    expected = {'/'.join(path): shape.shape for path, shape in param_shapes(model).items()}
+    if set(variables) != set(collections_of(model)):
+        wanted = ', '.join(f"'{name}': …" for name in collections_of(model))
+        raise ConversionError(f'variables must be {{{wanted}}}, not a dict of {sorted(variables)}.')
+    if is_stacked(model):
+        model, variables = one_by_one(model), unstack_layers(variables)
+    flat = flatten_dict(variables)
+    expected = {'/'.join(path): shape.shape for path, shape in variable_shapes(model).items()}
     problems = differences(expected, {'/'.join(path): np.shape(array) for path, array in flat.items()})
     if problems:
         raise ConversionError(f'The variables are not those of this {type(model).__name__}:\n' + '\n'.join(problems))

@@ -68,7 +68,7 @@ RELATIVES = (
         without=r'reattn_weights|transformer\.norm\.weight',
     ),
     # others
-    Relative('the official DeepViT (zhoudaquan/dvit_repo)', r'attn\.(reatten_matrix|var_norm)\.weight'),
+    Relative('another DeepViT than those of zhoudaquan/dvit_repo', r'attn\.(reatten_matrix|var_norm)\.weight'),
     Relative('a Vision Transformer of timm, or one built like it (DeiT, DINO, MAE)', r'blocks\.\d+\.attn\.qkv\.weight'),
     Relative('a Vision Transformer of torchvision', r'encoder_layer_\d+\.self_attention\.in_proj_weight'),
     Relative('a Vision Transformer of Hugging Face', r'attention\.attention\.query\.weight'),

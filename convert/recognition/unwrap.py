@@ -26,8 +26,8 @@ from convert.recognition.layouts import MOST_BLOCKS, Fit, beginnings, best_fit
 from convert.recognition.relatives import relative
 from convert.recognition.rewritten import refusal_of, warning_of
 
-# Counters that profilers leave among the weights; they are no part of any model's function.
-BOOKKEEPING = {'total_ops', 'total_params'}
+# Counters that profilers and BatchNorms keep among the weights; they are no part of any model's function.
+BOOKKEEPING = {'total_ops', 'total_params', 'num_batches_tracked'}
 # What torch puts into the middle of names where it wraps a part of a model; the part computes the same.
 INSERTED = re.compile(r'(?<=\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.')
 # The blocks of one that Flax scanned over, in one array.

@@ -22,7 +22,7 @@ from flax_vit.folders.overrides import changes, initial, resize_positions
 from flax_vit.layers import grid_of
 from flax_vit.parameters import check_dtypes, check_shapes, saved_shapes
 from flax_vit.sharding import RULES, Rules, check_mesh, shardings
-from flax_vit.stacking import stacked
+from flax_vit.stacking import is_stacked, one_by_one, stacked
 
 DTYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # in safetensors' words
 
@@ -88,7 +88,8 @@ def from_pretrained(
         for name in wide:
             if name in overrides:
                 raise ValueError(f"{name}=float64 is not to be had: jax.config.update('jax_enable_x64', True) first.")
-        saved = saved_shapes(saved_model.clone(scan_layers=model.scan_layers))
+        stacks = is_stacked(model)
+        saved = saved_shapes(saved_model.clone(scan_layers=True) if stacks else one_by_one(saved_model))
         wanted = saved_shapes(model) if overrides else saved
         old_and_new = {name: (getattr(saved_model, name), getattr(model, name)) for name in overrides}
         plan = changes(type(model), saved, wanted, old_and_new)
@@ -98,7 +99,7 @@ def from_pretrained(
             placed = shardings(structs, mesh, sharding_rules)
         weights = {path: part for path, part in arrays.items() if not path.startswith(GOLDEN)}
         shapes = {path: tuple(part.get_shape()) for path, part in weights.items()}
-        check_shapes(saved_shapes(saved_model.clone(scan_layers=False)), shapes, f'What {folder} holds')
+        check_shapes(saved_shapes(one_by_one(saved_model)), shapes, f'What {folder} holds')
         dtypes = {path: DTYPES.get(part.get_dtype(), part.get_dtype()) for path, part in weights.items()}
         check_dtypes(dtypes, f'What {folder} holds')
         notes = plan.notes
@@ -111,7 +112,7 @@ def from_pretrained(
             )
         narrowed: dict[str, Any] = dict.fromkeys(wide, jnp.float32)
         model = model.clone(**narrowed)
-        if model.scan_layers:
+        if stacks:
             weights, dtypes = _joined(weights, Stacked), _joined(dtypes, _common)
         if plan.resized:
             table = weights[plan.resized][:]

@@ -30,7 +30,7 @@ from flax_vit.folders.config import (
 )
 from flax_vit.folders.whole_files import appearing_whole, locked, sha256
 from flax_vit.parameters import check_dtypes, check_variables
-from flax_vit.stacking import unstack_layers
+from flax_vit.stacking import is_stacked, unstack_layers
 
 
 def save_pretrained(
@@ -133,7 +133,7 @@ def _flat(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, Any]:
             'jax.experimental.multihost_utils.process_allgather(variables, tiled=True); see docs/devices.md.'
         )
     variables = jax.tree.map(np.asarray, variables)  # nothing is computed on the devices, which may be of several hosts
-    flat = flatten_dict(unstack_layers(variables) if model.scan_layers else variables)
+    flat = flatten_dict(unstack_layers(variables) if is_stacked(model) else variables)
     check_dtypes({'/'.join(path): array.dtype.name for path, array in flat.items()}, what)
     return {'/'.join(path): array for path, array in flat.items()}
 

@@ -15,7 +15,7 @@ from flax.traverse_util import unflatten_dict
 from convert.command_line.cli import CACHE, keep_compiled, trim
 from convert.command_line.export import export
 from flax_vit import DeepViT, save_pretrained
-from flax_vit.parameters import param_shapes
+from flax_vit.parameters import variable_shapes
 
 # Commands in turn, in a process of its own; `before` is what is done first.
 COMMANDS = """
@@ -53,9 +53,9 @@ def run(
 def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     """A folder with a model in `out`, which keeps outputs (not its own), and with the same as a checkpoint."""
     model = DeepViT(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=8, dim_head=8)
-    flat = {path: np.full(shape.shape, 0.5, np.float32) for path, shape in param_shapes(model).items()}
+    flat = {path: np.full(shape.shape, 0.5, np.float32) for path, shape in variable_shapes(model).items()}
     golden = {'images': np.ones((4, 8, 8, 3)), 'float64': np.ones((4, 3)), 'float32': np.ones((4, 3))}
-    save_pretrained(tmp_path / 'out', model, {'params': unflatten_dict(flat)}, source={'from': 'here'}, golden=golden)
+    save_pretrained(tmp_path / 'out', model, unflatten_dict(flat), source={'from': 'here'}, golden=golden)
     export(tmp_path / 'out', tmp_path / 'vit.safetensors')
     return tmp_path
 

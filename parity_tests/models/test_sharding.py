@@ -32,7 +32,7 @@ from flax_vit import (
     shardings,
     to_nnx,
 )
-from flax_vit.parameters import param_shapes
+from flax_vit.parameters import variable_shapes
 from parity_tests.support.on_devices import OTHER_FIELDS, training_state
 from parity_tests.support.pages import ROOT, blocks
 from parity_tests.support.slow import slow_but
@@ -157,7 +157,7 @@ def test_two_processes_read_only_their_slices(folders: dict[str, pathlib.Path], 
     finally:
         (folder / 'config.json').write_text(json.dumps(config))
 
-    whole = {f'params/{"/".join(path)}': 8 * math.prod(shape.shape) for path, shape in param_shapes(model).items()}
+    whole = {'/'.join(path): 8 * math.prod(shape.shape) for path, shape in variable_shapes(model).items()}
     for facts in both:
         assert facts['devices'] == [4, 2]
         assert 'is damaged' in facts['checked']  # unless they are asked to

@@ -9,12 +9,12 @@ import torch
 import flax_vit
 from convert.architectures import architecture_of
 from flax_vit.architectures import sizes_by_name
-from flax_vit.parameters import param_shapes
+from flax_vit.parameters import variable_shapes
 
 
 def parameters(model: Any) -> int:
     """How many numbers; one block is traced for all."""
-    return sum(math.prod(shape.shape) for shape in param_shapes(model.clone(scan_layers=True)).values())
+    return sum(math.prod(shape.shape) for shape in variable_shapes(model.clone(scan_layers=True)).values())
 
 
 @pytest.mark.slow

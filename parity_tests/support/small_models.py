@@ -8,7 +8,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from flax_vit import DeepViT, SimpleViT, ViT
-from flax_vit.parameters import param_shapes
+from flax_vit.parameters import variable_shapes
 
 MODELS = {
     'simple': SimpleViT(image_size=(8, 12), patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=20),
@@ -19,9 +19,9 @@ MODELS = {
 
 def variables_of(model: Any, seed: int = 0) -> Any:
     random = np.random.default_rng(seed)
-    shapes = param_shapes(model)
+    shapes = variable_shapes(model)
     flat = {path: jnp.asarray(random.normal(size=shape.shape), model.param_dtype) for path, shape in shapes.items()}
-    return {'params': unflatten_dict(flat)}
+    return unflatten_dict(flat)
 
 
 def assert_equal(one: Any, other: Any) -> None:
