@@ -42,6 +42,7 @@ class Layout:
     renames: Mapping[str, str] = field(default_factory=dict)  # beginnings of its names -> of the Flax model's
     batched: frozenset[str] = frozenset()  # the Flax model's names of what has an axis more here, 1, in front
     source: str = 'vit-pytorch'
+    mark: str = ''  # in a name that the others have not; where it is in none, this layout need not be tried
     flax: bool = False  # whether it is Flax that wrote it: a Dense's `kernel` (in, out), a norm's `scale`
 
     def __str__(self) -> str:

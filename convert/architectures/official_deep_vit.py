@@ -42,6 +42,12 @@ _CNN = {
     'patch_embed.bn2.': 'to_patch_embedding.5.',
     'patch_embed.proj.': 'to_patch_embedding.8.',
 }
+
+
+def _layout(name: str, what: str, fields: Mapping[str, Any], names: Mapping[str, str]) -> Layout:
+    return Layout(name, OfficialDeepViT, what, fields, names, source='dvit_repo', mark='reatten_matrix')
+
+
 _REATTENTION = re.compile(r'\.attn\.(reatten_matrix|var_norm)\.')
 # What the weights don't tell, and the registered models differ in.
 UNTOLD = ('transform_scale', 'scale_adjustment')
@@ -159,8 +165,8 @@ class OfficialDeepViTArchitecture(Architecture):
     model = OfficialDeepViT
     torch_classes = ('convert.references.deep_vit.DeepViT',)
     layouts = (
-        Layout('P', OfficialDeepViT, 'with one convolution for patches', {'cnn_stem': False}, _PLAIN, source='dvit_repo'),
-        Layout('C', OfficialDeepViT, 'with a stem of convolutions', {'cnn_stem': True}, _CNN, source='dvit_repo'),
+        _layout('P', 'with one convolution for patches', {'cnn_stem': False}, _PLAIN),
+        _layout('C', 'with a stem of convolutions', {'cnn_stem': True}, _CNN),
     )
     axes = (
         Axis('1'),
@@ -209,12 +215,12 @@ class OfficialDeepViTArchitecture(Architecture):
         }
 
     def fields_of_probe(self, told: Mapping[str, Any], depth: int) -> dict[str, Any]:
-        blocks = told.get('reattention', (0,))
         fields = super().fields_of_probe(told, depth)
-        return fields | {'reattention': tuple(range(depth))[: len(blocks)] if depth == 1 else blocks}
+        return fields | ({'reattention': (0,)} if depth == 1 else {})
 
     def is_in_block(self, name: str, block: int, told: Mapping[str, Any]) -> bool:
-        return not _REATTENTION.search(name) or block in told['reattention']
+        """Where no block re-attends, all are expected to: it is one of timm's, and others of the same names are, too."""
+        return not _REATTENTION.search(name) or not told['reattention'] or block in told['reattention']
 
     def told_by_sizes(
         self, fields: Mapping[str, Field], sizes: Mapping[str, int], defaults: Mapping[str, Any]
@@ -233,19 +239,15 @@ class OfficialDeepViTArchitecture(Architecture):
             for name, variant in self.variants().items()
             if all(variant[part] == known[part] for part in ('dim', 'depth', 'mlp_dim', 'cnn_stem', 'reattention'))
         }
-        for name in (*UNTOLD, *self.assumed, 'heads'):
+        for name in (*UNTOLD, *self.assumed):
             if name not in found and alike:
                 value = next(iter(alike.values()))[name]
                 found[name] = Field(value, 'inferred', f'that of {" and ".join(alike)}, which has these blocks')
-        if 'heads' not in found:
-            found['heads'] = Field(None, 'unknown', 'no block has re-attention, whose matrix would tell: give heads=12')
         for name, why in {
             'transform_scale': 'whether maps are scaled after re-attention: False in all of dvit_repo but deepvit_S',
             'scale_adjustment': '1.0 with one convolution for patches, 0.5 with a stem, in all of dvit_repo',
         }.items():
-            if name not in found and not known['reattention']:
-                found[name] = Field(defaults[name], 'inferred', 'there is no re-attention')
-            elif name not in found:
+            if name not in found:
                 found[name] = Field(None, 'unknown', why)
         return found | image_of_patches(found, sizes['patches'], 'inferred' if alike else 'assumed')
 

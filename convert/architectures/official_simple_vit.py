@@ -31,7 +31,7 @@ def _names(attention: str, norm: str, feed_forward: str) -> dict[str, str]:
 
 
 def _layout(name: str, when: str, names: Mapping[str, str]) -> Layout:
-    return Layout(name, OfficialSimpleViT, when, renames=names, source='big_vision', flax=True)
+    return Layout(name, OfficialSimpleViT, when, renames=names, source='big_vision', mark='encoderblock', flax=True)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ class Relative(NamedTuple):
     what: str
     name: str  # an expression for the ending of a parameter's name, whole parts of it
     dimensions: int | None = None  # of that parameter, where they matter
+    beside: str | None = None  # an expression for what another name must end in
     without: str | None = None  # an expression for what no name may end in
 
 
@@ -80,8 +81,9 @@ RELATIVES = (
     Relative('a B-cos SimpleViT for 6 channels (bcos_*, B-cos/B-cos-v2)', r'linear[12]?\.linear\.weight'),
     Relative('a ResNet', r'layer1\.0\.conv1\.weight'),
     Relative(
-        "another ViT of big_vision (of its ViTs, that with posemb='sincos2d' and pool_type='gap' is converted)",
-        r'encoderblock_\d+\.MlpBlock_\d\.Dense_0\.kernel',
+        "another ViT of big_vision or Scenic (that with posemb='sincos2d' and pool_type='gap' is converted)",
+        r'pos_embedding|cls|MAPHead_0\.probe|output_projection\.kernel',
+        beside=r'MlpBlock_\d\.Dense_0\.kernel',
     ),
     Relative('a language model', r'(embed_tokens|tok_embeddings|word_embeddings|wte)\.weight'),
 )
@@ -99,7 +101,9 @@ def relative(shapes: Shapes) -> str | None:
         name = next((n for n in telling if ending.search(n) and other.dimensions in (None, len(shapes[n]))), None)
         if name is None:
             continue
-        absent = re.compile(_ENDING.format(other.without)) if other.without else None
-        if absent is None or not any(absent.search(name) for name in shapes):
+        present, absent = (re.compile(_ENDING.format(each)) if each else None for each in (other.beside, other.without))
+        if (present is None or any(present.search(name) for name in shapes)) and (
+            absent is None or not any(absent.search(name) for name in shapes)
+        ):
             return f'This is {other.what}: another function, which is not converted ({name!r} tells).'
     return None

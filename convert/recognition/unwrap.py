@@ -97,7 +97,9 @@ def unwrap(
     no layout explains.
     """
     leaves = list(walk(tree))
-    found = candidates(leaves, key, layouts_of_all(part, release), head=head)
+    layouts = layouts_of_all(part, release)
+    marked = {mark for mark in {layout.mark for layout in layouts} if any(mark in leaf.name for leaf in leaves)}
+    found = candidates(leaves, key, tuple(layout for layout in layouts if layout.mark in marked), head=head)
     if key is not None:
         chosen = [candidate for candidate in found if _is_at(candidate.place, key)]
         chosen = [candidate for candidate in chosen if candidate.place.key == key] or chosen
