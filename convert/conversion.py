@@ -19,7 +19,7 @@ from flax import linen as nn
 import flax_vit
 from convert.architectures import architecture_of
 from convert.architectures.architecture import Field, Layout, class_name
-from convert.errors import ConversionError, ConversionWarning
+from convert.errors import ConversionError, ConversionWarning, with_article
 from convert.files import checkpoint
 from convert.files.dtypes import native
 from convert.files.tensors import array
@@ -96,7 +96,7 @@ class Inspection:
         ]
         if unknown:
             raise ConversionError(
-                f'This is a {self.layout}; the weights do not tell all of it. Give these arguments:\n'
+                f'This is {with_article(str(self.layout))}; the weights do not tell all of it. Give these arguments:\n'
                 + '\n'.join(unknown)
             )
         try:
@@ -224,7 +224,7 @@ def notes(inspection: Inspection) -> list[str]:
     messages = []
     if inspection.assumptions:
         messages.append(
-            f'The weights do not tell everything; assumed, as in vit-pytorch: {inspection.assumptions}. '
+            f'The weights do not tell everything; assumed, as in {inspection.layout.source}: {inspection.assumptions}. '
             'Give what you know as arguments.'
         )
     if inspection.unwrapped.left_aside:
@@ -258,7 +258,7 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any], *, layout: str | No
     chosen = [candidate for candidate in able if layout in (None, candidate.id)]
     if not chosen:
         ids = ', '.join(f'{candidate.id} ({candidate})' for candidate in able)
-        asked = f'layout={layout!r} does not compute' if layout else 'No release of vit-pytorch computes'
+        asked = f'layout={layout!r} does not compute' if layout else f'No release of {architecture.layouts[0].source} computes'
         raise ConversionError(f'{asked} what this {type(model).__name__} does. Layouts that do: {ids or "none"}.')
     tensors = names.to_torch(model, variables)
     empty = {name: np.zeros(shape, model.param_dtype) for name, shape in architecture.empty(model).items()}

@@ -61,7 +61,7 @@ def features(
         ValueError: For a block that is not there, another model, and images that don't fit.
     """
     if not is_ours(model):
-        raise ValueError(f'features looks into a {" or a ".join(MODELS)} itself, not a {type(model).__name__}.')
+        raise ValueError(f'features looks into one of {", ".join(MODELS)} itself, not a {type(model).__name__}.')
     if isinstance(blocks, str | bytes) or not isinstance(blocks, Iterable | None):
         raise ValueError(f'blocks must be several numbers, such as [0, -1], not {blocks!r}.')
     numbers = {block: _number(model, block) for block in (range(model.depth) if blocks is None else blocks)}
@@ -75,6 +75,8 @@ def features(
     if tokens:
         places['embedding'] = _after(model, -1)
         places['tokens'] = {block: _after(model, number) for block, number in numbers.items()}
+    if attention and not model.MAPS:
+        raise ValueError(f'{type(model).__name__} does not say what puts out its attention maps, in MAPS.')
     if attention:
         model = with_whole_maps(model)
         for kind, name in model.MAPS.items():

@@ -8,7 +8,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_vit.architectures import MODELS, classes
-from flax_vit.parameters import check_variables
+from flax_vit.parameters import check_variables, collections_of
 
 KINDS = {'params': nnx.Param, 'batch_stats': nnx.BatchStat}
 
@@ -32,6 +32,8 @@ class NNXModel(nnx.bridge.ToNNX):
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         if keywords.get('method') is None and len(arguments) == 1:
             keywords.setdefault('train', not self.deterministic)
+        if keywords.get('train') and 'batch_stats' in collections_of(self.to_nnx__module):
+            keywords.setdefault('mutable', 'batch_stats')  # the running statistics move
         return super().__call__(*arguments, **keywords)
 
 
@@ -74,6 +76,6 @@ def from_nnx(module: nnx.bridge.ToNNX) -> dict[str, Any]:
     """
     inner: Any = module.to_nnx__module if isinstance(module, nnx.bridge.ToNNX) else module
     if inner is module or not isinstance(inner, tuple(classes().values())):
-        raise ValueError(f'from_nnx takes what to_nnx made of a {" or a ".join(MODELS)}, not a {type(inner).__name__}.')
+        raise ValueError(f'from_nnx takes what to_nnx made of one of {", ".join(MODELS)}, not a {type(inner).__name__}.')
     found = {name: nnx.to_pure_dict(nnx.state(module, kind)) for name, kind in KINDS.items()}
     return {name: tree for name, tree in found.items() if tree}

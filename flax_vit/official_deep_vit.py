@@ -256,6 +256,7 @@ class OfficialDeepViT(layers.Layer):
     images it is called with don't fit.
     """
 
+    ORIGIN: ClassVar[str] = 'dvit_repo'  # whose code computes it; else it is vit-pytorch's
     HEAD: ClassVar[str] = 'head'
     POSITIONS: ClassVar[str | None] = 'pos_embedding'
     # The modules of an attention that put out its maps; a dropout at rest puts out what it gets, the softmax.

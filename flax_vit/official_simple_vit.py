@@ -146,6 +146,7 @@ class OfficialSimpleViT(Layer):
     Raises ValueError when the fields make no model, and when the images it is called with don't fit.
     """
 
+    ORIGIN: ClassVar[str] = 'big_vision'  # whose code computes it; else it is vit-pytorch's
     HEAD: ClassVar[str] = 'head'
     POSITIONS: ClassVar[str | None] = None  # the parameter; here they are computed
     MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps

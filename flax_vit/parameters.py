@@ -51,7 +51,7 @@ def check_variables(model: nn.Module, variables: Mapping[str, Any]) -> None:
     """ValueError unless these are the variables of the model: the names, the shapes."""
     name = type(model).__name__
     if type(model) not in classes().values():
-        raise ValueError(f'The model must be a {" or a ".join(MODELS)}, not a {name}.')
+        raise ValueError(f'The model must be one of {", ".join(MODELS)}, not a {name}.')
     collections = collections_of(model)
     if not isinstance(variables, Mapping) or set(variables) != set(collections):
         found = f'a dict of {sorted(variables)}' if isinstance(variables, Mapping) else f'a {type(variables).__name__}'

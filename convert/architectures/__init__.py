@@ -58,6 +58,6 @@ def layouts_of_all(part: str | None = None, release: str | None = None) -> tuple
 
 
 def model_names() -> str:
-    """'ViT, SimpleViT or DeepViT'."""
+    """'ViT, SimpleViT or DeepViT', and so on."""
     *others, last = (architecture.model.__name__ for architecture in ARCHITECTURES)
     return f'{", ".join(others)} or {last}'

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from flax import linen as nn
@@ -161,6 +161,19 @@ class AttentionMap:
     heads_last: bool = False  # in PyTorch; here the axes are heads, queries, keys
 
 
+class ComputedTable(NamedTuple):
+    """How far a table that is no parameter is from the true one."""
+
+    difference: float  # the largest
+    limit: float  # what it may be
+    truth: str  # in words
+    name: str = 'sincos table'
+
+    @property
+    def right(self) -> bool:
+        return self.difference <= self.limit
+
+
 class Architecture:
     """What the converter knows of a model beyond the names of its parameters, which are the Flax model's own.
 
@@ -278,7 +291,7 @@ class Architecture:
         return getattr(import_module(package), name)
 
     def smallest(self, module: Any) -> dict[str, Any]:
-        """Arguments with which a small torch module has the same parts as `module`, whatever its sizes."""
+        """Arguments with which a small torch module has the same parts as `module`: also those that decide which."""
         return {'image_size': 2, 'patch_size': 1, 'num_classes': 1, 'dim': 8, 'heads': 2, 'mlp_dim': 1}
 
     def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
@@ -286,7 +299,7 @@ class Architecture:
         import torch
 
         module = self.torch_class()(**{**arguments, 'num_classes': model.num_classes or 1})
-        if not getattr(model, 'patch_norm', True):
+        if not getattr(model, 'patch_norm', True) and len(module.to_patch_embedding) == 4:
             cut, _, linear, _ = module.to_patch_embedding
             module.to_patch_embedding = torch.nn.Sequential(cut, linear)
         if not model.num_classes:
@@ -324,8 +337,8 @@ class Architecture:
         """The fields of models that have a name of their own, which a trainer may have kept as `arch`."""
         return {}
 
-    def table(self, model: Any) -> tuple[float, float] | None:
-        """How far positions that are no parameters are from PyTorch's on this machine, and how far they may be."""
+    def table(self, model: Any) -> ComputedTable | None:
+        """How far positions that are no parameters are from what they should be, and how far they may be."""
         return None
 
     def table_and_mistakes(self, model: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:

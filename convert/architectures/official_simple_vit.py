@@ -7,9 +7,17 @@ from typing import Any
 import numpy as np
 from einops import rearrange
 
-from convert.architectures.architecture import Architecture, AttentionMap, Axis, Field, Layout, one_or_pair
+from convert.architectures.architecture import (
+    Architecture,
+    AttentionMap,
+    Axis,
+    ComputedTable,
+    Field,
+    Layout,
+    one_or_pair,
+)
 from convert.architectures.simple_vit import exact_table, table_limit, table_mistakes
-from convert.architectures.way import ACTIVATIONS, Mistake, Way
+from convert.architectures.way import Mistake, Way
 from convert.errors import ConversionError
 from flax_vit.checks import pair
 from flax_vit.official_simple_vit import EPSILON, OfficialSimpleViT
@@ -140,9 +148,10 @@ class OfficialSimpleViTArchitecture(Architecture):
         given |= {'patch_size': pair(model.patch_size)}
         return self.torch_class()(torch.from_numpy(model.pos_embedding()), **given)
 
-    def table(self, model: Any) -> tuple[float, float]:
+    def table(self, model: Any) -> ComputedTable:
         """The largest difference of the port's sincos table from the exact one, and what it may be."""
-        return float(np.abs(exact_table(model) - model.pos_embedding()).max()), table_limit(model)
+        difference = np.abs(exact_table(model) - model.pos_embedding()).max()
+        return ComputedTable(float(difference), table_limit(model), 'the exact one')
 
     def table_and_mistakes(self, model: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         exact = exact_table(model)

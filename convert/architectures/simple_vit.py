@@ -7,7 +7,15 @@ from typing import Any, ClassVar
 import numpy as np
 from einops import rearrange
 
-from convert.architectures.architecture import Architecture, AttentionMap, Field, Layout, one_or_pair, other_heads
+from convert.architectures.architecture import (
+    Architecture,
+    AttentionMap,
+    ComputedTable,
+    Field,
+    Layout,
+    one_or_pair,
+    other_heads,
+)
 from convert.architectures.way import Way
 from convert.errors import ConversionError
 from flax_vit.checks import pair
@@ -99,12 +107,12 @@ class SimpleViTArchitecture(Architecture):
         module.pos_embedding = torch.from_numpy(model.pos_embedding())
         return module
 
-    def table(self, model: Any) -> tuple[float, float]:
+    def table(self, model: Any) -> ComputedTable:
         """The largest difference between the port's sincos table and PyTorch's on this machine, and what it may be."""
         from vit_pytorch.simple_vit import posemb_sincos_2d as theirs
 
         difference = np.abs(theirs(*model.grid, model.dim).numpy() - model.pos_embedding()).max()
-        return float(difference), table_limit(model)
+        return ComputedTable(float(difference), table_limit(model), "PyTorch's own on this machine")
 
     def table_and_mistakes(self, model: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         exact = exact_table(model)

@@ -92,7 +92,7 @@ class TransformerArchitecture(Architecture):
 
     def smallest(self, module: Any) -> dict[str, Any]:
         arguments = {'dim_head': 4, **self.whole.smallest(module)}
-        return {name: arguments[name] for name in self.probe}
+        return {name: value for name, value in arguments.items() if name in {**self.probe, **self.own_fields()}}
 
     def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
         import torch

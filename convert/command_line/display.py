@@ -74,8 +74,8 @@ def show_report(report: Report) -> None:
     if jax.default_backend() != 'cpu':
         out.print(f'on {jax.devices()[0].device_kind}, asking for the highest precision of matrix products')
     if report.table is not None:
-        difference, limit = report.table
-        out.print(f"sincos table: at most {difference:.1e} from PyTorch's own on this machine (limit {limit:.1e})")
+        table = report.table
+        out.print(f'{table.name}: at most {table.difference:.1e} from {table.truth} (limit {table.limit:.1e})')
     if report.classifies:
         out.print(f'same prediction in {report.dtype}: {report.agreement:.2%} of {report.images} images')
     out.print(verdict(report.right, report.verdict))

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from convert.architectures import architecture_of
 from convert.conversion import to_torch
 from convert.errors import ConversionError
 from flax_vit import from_pretrained
@@ -15,9 +16,10 @@ from flax_vit.folders.whole_files import appearing_whole
 
 
 def export(folder: Path, target: Path, *, layout: str | None = None, overwrite: bool = False) -> None:
-    """Write the parameters in `folder` to `target`, a .safetensors or a .pt file, in vit-pytorch's names.
+    """Write the parameters in `folder` to `target`, in the names of where they come from.
 
-    The file appears whole or not at all.
+    For vit-pytorch and dvit_repo it is a .safetensors or a .pt file, for big_vision an .npz. It appears whole or not at
+    all.
 
     Raises:
         ConversionError: when `target` exists, or has another ending, or when torch is needed and missing.
@@ -25,14 +27,18 @@ def export(folder: Path, target: Path, *, layout: str | None = None, overwrite: 
     """
     if target.exists() and not overwrite:
         raise ConversionError(f'{target} exists; give another name, or --overwrite.')
-    if target.suffix not in {'.safetensors', '.pt', '.pth'}:
-        raise ConversionError(f'{target.name} should end in .safetensors or .pt, to say which format is wanted.')
     model, variables = from_pretrained(folder)
+    formats = ['.npz'] if architecture_of(model).layouts[0].flax else ['.safetensors', '.pt', '.pth']
+    if target.suffix not in formats:
+        raise ConversionError(f'{target.name} should end in {" or ".join(formats)}, to say which format is wanted.')
     state_dict = to_torch(model, variables, layout=layout)
     with appearing_whole(target) as partial:
         if target.suffix == '.safetensors':
             fields = new_config(model, None)['fields']  # the weights don't tell all of them
             write_arrays(partial, state_dict, {'format': 'pt', 'model_args': json.dumps(fields)})
+        elif target.suffix == '.npz':
+            with partial.open('wb') as file:
+                np.savez(file, **state_dict)  # type: ignore[arg-type]  # these are arrays, and none is allow_pickle
         else:
             _save_pt(state_dict, partial)
 

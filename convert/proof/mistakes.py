@@ -35,7 +35,7 @@ def mistakes(way: Way, part: str, tokens: int) -> Iterator[Mistake]:
         yield from _mistakes_of_patches(way, tensors)
     elif part == 'to_latent':
         yield from _mistakes_of_pooling(way)
-    elif part.endswith('.0'):
+    elif part.endswith('.0') and f'{part}.to_qkv.weight' in tensors:
         yield from _mistakes_of_attention(way, tensors, part, tokens)
     elif part:
         for activation, words in _ACTIVATIONS.items():

@@ -11,9 +11,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from convert.architectures import architecture_of
-from convert.architectures.architecture import AttentionMap, Field
+from convert.architectures.architecture import AttentionMap, ComputedTable, Field
 from convert.conversion import Inspection, inspect, place
-from convert.errors import ConversionError
+from convert.errors import ConversionError, with_article
 from convert.proof.causes import causes, table_causes
 from convert.proof.flax_side import FlaxSide
 from convert.proof.measure import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, SMALLEST, Row, Sides, compare, moved, settled
@@ -35,7 +35,7 @@ class Report:
     images: int
     rows: list[Row]
     gradients: list[Row]
-    table: tuple[float, float] | None  # SimpleViT: the largest difference of the sincos tables, and what it may be
+    table: ComputedTable | None  # of positions that are no parameters
     predictions: np.ndarray  # the port's classes, in the compared dtype
     agreement: float  # the share of images for which PyTorch predicts the same
     logits: Sides  # each (batch, classes)
@@ -64,7 +64,7 @@ class Report:
 
     @property
     def table_right(self) -> bool:
-        return self.table is None or self.table[0] <= self.table[1]
+        return self.table is None or self.table.right
 
     @property
     def right(self) -> bool:
@@ -77,7 +77,7 @@ class Report:
 
     @property
     def first(self) -> Row | None:
-        """The first part that is wrong; None where all are right, or only the sincos table is not."""
+        """The first part that is wrong; None where all are right, or only the table is not."""
         wrong = [row for row in self.rows + self.gradients if not row.right]
         return next((row for row in wrong if not row.same_function), wrong[0] if wrong else None)
 
@@ -85,8 +85,8 @@ class Report:
     def verdict(self) -> str:
         """In a sentence, after RIGHT or WRONG."""
         if self.first is None:
-            if not self.table_right:
-                return 'the sincos table is not that of PyTorch.'
+            if self.table and not self.table.right:
+                return f'the {self.table.name} is not that of PyTorch.'
             weights = f', with the parameters rounded to {self.rounded}' if self.rounded else ''
             if not self.inspection.assumptions:
                 return f'the Flax model computes what PyTorch does{weights}.'
@@ -242,7 +242,7 @@ def with_shared_fields(source: Any, model: nn.Module, **arguments: Any) -> Inspe
     inspection = inspect(source, **arguments)
     ours, theirs = (name_of(each) for each in (type(model), inspection.layout.model))
     if ours != theirs:
-        raise ConversionError(f'The converted model is a {ours}, but {inspection.source} holds a {theirs}.')
+        raise ConversionError(f'The converted model is {with_article(ours)}, but {inspection.source} holds {with_article(theirs)}.')
     shared = {name for name, field in inspection.fields.items() if field.how in {'unknown', 'assumed'}}
     inspection = inspect(source, **arguments, **{name: getattr(model, name) for name in shared})
     fields = {
@@ -320,8 +320,8 @@ def explain(
     row = next((row for row in rows if not row.same_function), next((row for row in rows if not row.right), None))
     if row is None:
         table = architecture_of(model).table(model)
-        found = table_causes(model, table[1]) if table and table[0] > table[1] else []
-        return [f'sincos table: {cause}' for cause in found]
+        wrong = table_causes(model, table.limit) if table and not table.right else []
+        return [f'{table.name}: {cause}' for cause in wrong] if table else []
     sides = outputs[row.name]
     if not np.isfinite(sides.truth).all():
         return [f"{row.label}: PyTorch's own output is not finite; the weights or the images hold NaN or infinity"]

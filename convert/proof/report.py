@@ -88,13 +88,13 @@ def figures_of(
     - parts, gradients: of each name, label, float64 (largest difference), limit, worst (its index), flax and torch
       (errors in `dtype`, root mean square against PyTorch in float64; of several runs the smallest of Flax and the
       largest of PyTorch), flax_limit, ratio, right; errors are relative
-    - table: null, or of SimpleViT's sincos table the difference and its limit
+    - table: null, or of positions that are computed: name, difference, limit, truth
     - predictions: null without a head; or agreement (a share), flax, torch (class indices, of each image)
     - logits: smallest, largest (of the truth); of the differences from it the largest, flax and torch
     """
     inspection = report.inspection
     source = provenance(inspection)
-    first = None if report.right else report.first.label if report.first else 'the sincos table'
+    first = None if report.right else report.first.label if report.first else report.table and f'the {report.table.name}'
     truth, theirs, _, ours = report.logits
     head = report.classifies
     return {
@@ -134,7 +134,7 @@ def figures_of(
         },
         'parts': [_row(row) for row in report.rows],
         'gradients': [_row(row) for row in report.gradients],
-        'table': dict(zip(('difference', 'limit'), report.table, strict=True)) if report.table else None,
+        'table': report.table and report.table._asdict(),
         'predictions': {
             'agreement': report.agreement,
             'flax': report.predictions.tolist(),

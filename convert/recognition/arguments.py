@@ -14,7 +14,7 @@ from convert.architectures.architecture import Field, one_or_pair
 from convert.errors import ConversionError, printable
 from convert.recognition.fields import resolve
 from convert.recognition.layouts import MOST_LINES, Fit
-from flax_vit.checks import COMPUTATION, pair
+from flax_vit.checks import COMPUTATION
 
 # Keys under which trainers keep the arguments of what they train. What stands elsewhere is this model's if it agrees
 # with the weights in as many fields as AGREE.
@@ -141,6 +141,5 @@ def plain(value: Any) -> int | float | str | bool | tuple[int, int] | None:
 
 def same(one: Any, other: Any) -> bool:
     """Whether two values of a field are the same; a size may be given as a pair."""
-    if isinstance(one, tuple) or isinstance(other, tuple):
-        return pair(one) == pair(other)
+    one, other = (one_or_pair(each) if isinstance(each, tuple) and len(each) == 2 else each for each in (one, other))
     return bool(one == other)

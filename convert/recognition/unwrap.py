@@ -33,7 +33,7 @@ INSERTED = re.compile(r'(?<=\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapp
 # The blocks of one that Flax scanned over, in one array.
 SCANNED = re.compile(r'(?<=\bencoderblock)(?=\.)')
 # What big_vision keeps of its optimizer, by the parameters' names; in its older files they are at opt.target.
-OPTIMIZER = re.compile(r'opt\.(?!target\.)')
+OF_TRAINING = re.compile(r'opt\.(?!target\.)|chrono\.')
 MOST_OBJECTS = 8  # that a message names
 MOST_PLACES = 64  # in one file that are held against the layouts, the likeliest first ...
 MOST_TIMES = 4  # ... as long as all together have no more than so many times the file's tensors
@@ -156,9 +156,11 @@ def candidates(leaves: Iterable[Item], key: str | None, layouts: tuple[Layout, .
     A complete model among the names of another (an average that a model keeps of itself) is none of the other's.
     Raises ConversionError when two tensors have one name.
     """
+    of_flax = any(layout.flax for layout in layouts)
     state_dicts: dict[tuple[str, ...], dict[str, np.ndarray]] = defaultdict(dict)
     for leaf in leaves:
-        if isinstance(leaf.value, np.ndarray) and leaf.name.rpartition('.')[2] not in BOOKKEEPING:
+        of_training = leaf.name.rpartition('.')[2] in BOOKKEEPING or (of_flax and OF_TRAINING.match(leaf.name))
+        if isinstance(leaf.value, np.ndarray) and not of_training:
             if leaf.name in state_dicts[leaf.container]:
                 raise ConversionError(f'Two tensors have the name {".".join((*leaf.container, leaf.name))!r}.')
             state_dicts[leaf.container][leaf.name] = leaf.value
@@ -167,7 +169,6 @@ def candidates(leaves: Iterable[Item], key: str | None, layouts: tuple[Layout, .
         for container, state_dict in state_dicts.items()
         for name in state_dict
         for beginning in beginnings(name, layouts)
-        if key is not None or not OPTIMIZER.match(beginning)
     )
     likeliest = sorted(known, key=lambda place: (key is None or not _is_at(place, key), -known[place]))[:MOST_PLACES]
     orders = {container: {name: i for i, name in enumerate(names)} for container, names in state_dicts.items()}
@@ -315,7 +316,7 @@ def refusal(leaves: list[Item], found: list[Candidate], alone: Sequence[Candidat
     if not best and (reason := refusal_of(shapes)):
         return reason
     if not best:
-        return f'This is no {model_names()} of vit-pytorch. {_contents(leaves)}{hint}'
+        return f'This is no {model_names()}. {_contents(leaves)}{hint}'
     where = f' at {best.place.key!r}' if best.place.key else ''
     advice = f'\n{best.fit.advice}' if best.fit.advice else hint
     return f'No layout fits. The nearest is {best.fit.layout}{where}; the difference:\n{best.fit.difference}{advice}'

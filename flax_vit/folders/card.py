@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from flax_vit.architectures import classes
+
 FOLDER = 'this/folder'  # what a card calls the folder it lies in
 USE = """```python
 import flax_vit
@@ -20,21 +22,23 @@ def card(config: Mapping[str, Any], name: str = FOLDER) -> str:
     `name` is what `from_pretrained` takes.
     """
     fields = config['fields']
-    classes = fields.get('num_classes')
-    task = 'pipeline_tag: image-classification' if classes else 'pipeline_tag: image-feature-extraction'
+    labels = fields.get('num_classes')
+    task = 'pipeline_tag: image-classification' if labels else 'pipeline_tag: image-feature-extraction'
     if 'image_size' in fields:
         size = fields['image_size']
         height, width = size if isinstance(size, list) else (size, size)
         images, inputs = 'images', f'floats (batch, {height}, {width}, {fields["channels"]})'
-        outputs = f'logits (batch, {classes})' if classes else f'features (batch, {fields["dim"]})'
+        width = fields.get('rep_size') or fields['dim']
+        outputs = f'logits (batch, {labels})' if labels else f'features (batch, {width})'
     else:  # a Transformer alone
         images, inputs = 'tokens', f'floats (batch, tokens, {fields["dim"]})'
         outputs = inputs
     use = USE.format(name=name, images=images, inputs=inputs, outputs=outputs)
+    origin = getattr(classes()[config['model']], 'ORIGIN', 'vit-pytorch')
     parts = [
-        '---\n' + '\n'.join(['library_name: flax_vit', task, 'tags:', '- flax', '- jax', '- vit-pytorch']) + '\n---',
+        '---\n' + '\n'.join(['library_name: flax_vit', task, 'tags:', '- flax', '- jax', f'- {origin}']) + '\n---',
         f'# {config["model"]}',
-        f"vit-pytorch's {config['model']}, as a Flax module of flax_vit.",
+        f"{origin}'s {config['model']}, as a Flax module of flax_vit.",
         use,
         '## Fields',
         _table('field', 'value', fields),

@@ -1,0 +1,303 @@
+"""The papers' own models compute what their code did: golden files of every step, and PyTorch of our own beside them."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import convert
+import flax_vit.official_simple_vit
+from convert.architectures import architecture_of
+from convert.conversion import inspect, place
+from convert.proof.flax_side import FlaxSide
+from convert.proof.torch_side import TorchSide
+from flax_vit import (
+    OfficialDeepViT,
+    OfficialSimpleViT,
+    features,
+    from_nnx,
+    from_pretrained,
+    named,
+    save_pretrained,
+    shardings,
+    to_nnx,
+)
+from flax_vit.layers import EPSILON, gelu
+from parity_tests.recognition.test_official import OFFICIAL, TOLD, of_big_vision, of_dvit_repo
+from parity_tests.support.reference import FLOAT64_BOUND, check, perturbed, relative_error
+
+pytestmark = pytest.mark.filterwarnings('ignore::convert.ConversionWarning')  # what is assumed, and counters
+
+SIZES: Any = {'num_classes': 7, 'depth': 2, 'heads': 3, 'mlp_dim': 10}
+# Every structural variant, of odd sizes.
+MODELS: dict[str, Any] = {
+    'simple, with pre_logits': OfficialSimpleViT(image_size=(8, 15), patch_size=(4, 5), dim=12, rep_size=9, **SIZES),
+    'simple, linear head': OfficialSimpleViT(image_size=6, patch_size=3, dim=12, channels=1, **SIZES),
+    'simple, no head': OfficialSimpleViT(image_size=8, patch_size=4, dim=24, **{**SIZES, 'num_classes': 0, 'depth': 1}),
+    'deep, patches': OfficialDeepViT(image_size=(8, 15), patch_size=(4, 5), dim=12, **SIZES),
+    'deep, stem': OfficialDeepViT(
+        image_size=(16, 24), patch_size=8, dim=15, cnn_stem=True, reattention=(1,), scale_adjustment=0.5,
+        transform_scale=True, **SIZES,
+    ),
+    'deep, otherwise': OfficialDeepViT(
+        image_size=8, patch_size=(2, 4), dim=6, channels=2, reattention=(0,), qk_scale=0.7, qkv_bias=False,
+        layer_norm_epsilon=1e-3, scale_adjustment=2.0, transform_scale=True, **{**SIZES, 'num_classes': 0},
+    ),
+}  # fmt: skip
+FIELDS = ('image_size', 'transform_scale', 'scale_adjustment', 'qk_scale', 'layer_norm_epsilon')
+
+
+def random_module(model: Any, seed: int = 0) -> torch.nn.Module:
+    """PyTorch's module of the model, every parameter and running statistic random."""
+    module = perturbed(architecture_of(model).torch_module(model, arguments(model)).double(), seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, buffer in module.named_buffers():
+        if name.endswith('running_var'):
+            buffer.copy_(torch.rand(buffer.shape, generator=generator, dtype=torch.float64) + 0.5)
+        elif name.endswith('running_mean'):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator, dtype=torch.float64))
+    return module
+
+
+def arguments(model: Any) -> dict[str, Any]:
+    names = ('num_classes', 'dim', 'depth', 'heads', 'mlp_dim', 'channels', 'rep_size')
+    return {name: getattr(model, name) for name in names if hasattr(model, name)}
+
+
+def checkpoint(model: Any, module: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The module's tensors as the papers' code would have written them."""
+    tensors = {name: tensor.numpy() for name, tensor in module.state_dict().items() if 'num_batches' not in name}
+    return architecture_of(model).layouts_of(model)[0].tensors_from_today(tensors)
+
+
+def told(model: Any) -> dict[str, Any]:
+    """What the weights don't tell."""
+    found = {name: getattr(model, name) for name in FIELDS if hasattr(model, name)}
+    return found | ({'num_classes': 0} if model.num_classes == 0 else {})
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest) -> Any:
+    return MODELS[request.param]
+
+
+def test_the_port_is_proven(model: Any) -> None:
+    """In float64 outputs to 1e-12 and gradients to 1e-11, every part and every parameter."""
+    tensors = checkpoint(model, random_module(model))
+    inspection = inspect(tensors, **told(model))
+    with jax.enable_x64(True):
+        assert convert.inspect(tensors, **told(model)).model == model.clone(param_dtype='float64')
+    report = convert.verify(tensors, **told(model), dtype='float64', gradients=True, attention=True, count=2)
+    assert report.right, report.verdict
+    maps = [len(architecture_of(model).maps_of_block(model, block)) for block in range(model.depth)]
+    assert len(report.attention) == sum(maps)
+    for theirs, ours in report.attention.values():
+        assert relative_error(ours, theirs) <= FLOAT64_BOUND
+    assert len(report.rows) == 2 * inspection.model.depth + 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize('name', TOLD)
+def test_deep_vit_computes_every_step_of_dvit_repo(name: str) -> None:
+    with np.load(OFFICIAL / f'{name}.npz') as file:
+        golden = dict(file)
+    depth = len(json.loads(str(golden['config']))['depth'])
+    parts = {'patch_embed': 'to_patch_embedding.8' if name == 'dvit-S' else 'to_patch_embedding.1'}
+    parts |= {'norm': 'transformer.norm', 'features': 'to_latent', 'logits': ''}
+    for block in range(depth):
+        parts[f'mlp.{block}'] = f'transformer.layers.{block}.1'
+        parts[f'attention_out.{block}'] = f'transformer.layers.{block}.0'
+    adjustment = TOLD[name]['scale_adjustment']
+    images = np.moveaxis(golden['images'], 1, 3)
+    for side in sides(inspect(of_dvit_repo(name), **TOLD[name])):
+        outputs = side.outputs('float64', images, list(parts.values()))
+        scales = {theirs: adjustment if '.' in theirs else 1.0 for theirs in parts}  # theirs is not divided yet
+        check(
+            {
+                theirs: relative_error(outputs[ours] * scales[theirs], golden[f'parts/{theirs}'])
+                for theirs, ours in parts.items()
+            },
+            FLOAT64_BOUND,
+        )
+
+
+def test_simple_vit_computes_every_step_of_big_vision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their position table, which is in float32: ours is 1e-6 from it at most."""
+    with np.load(OFFICIAL / 'bigvision-gap-reference.npz') as file:
+        golden = {name.removeprefix('parts/'): array for name, array in file.items()}
+    stem = golden['stem'].reshape(2, 15, 24)
+    table = (golden['with_posemb'] - stem)[0]
+    inspection = inspect(of_big_vision(), image_size=(12, 20))
+    model: Any = inspection.model
+    np.testing.assert_allclose(model.pos_embedding(), table, rtol=0, atol=1e-6)
+    monkeypatch.setattr(flax_vit.official_simple_vit, 'posemb_sincos_2d', lambda *_: table)
+    parts = {f'encoder/block0{block}/sa': f'transformer.layers.{block}.0' for block in range(3)}
+    parts |= {f'encoder/block0{block}/mlp': f'transformer.layers.{block}.1' for block in range(3)}
+    parts |= {'encoded': 'transformer.norm', 'head_input': 'to_latent', 'logits': ''}
+    for side in sides(inspection):
+        outputs = side.outputs('float64', golden['images'], ['to_patch_embedding.1', *parts.values()])
+        errors = {theirs: relative_error(outputs[ours], golden[theirs]) for theirs, ours in parts.items()}
+        check(errors | {'stem': relative_error(outputs['to_patch_embedding.1'], stem)}, FLOAT64_BOUND)
+
+
+def sides(inspection: Any) -> Iterator[Any]:
+    """PyTorch's and the port's, in 64-bit mode."""
+    with jax.enable_x64(True):
+        yield TorchSide(inspection, inspection.layout.tensors_of_today(inspection.tensors))
+        yield FlaxSide(inspection.model.clone(image_format='channels_last'), place(inspection))
+
+
+def test_the_table_is_computed_for_images_of_any_size(float64: None) -> None:
+    model: Any = MODELS['simple, with pre_logits'].clone(param_dtype='float64', image_format='channels_last')
+    module = random_module(model)
+    model, variables = convert.from_torch(checkpoint(model, module), **told(model))
+    larger = model.clone(image_size=(12, 10))
+    images = np.random.default_rng(0).standard_normal((2, 12, 10, 3))
+    np.testing.assert_array_equal(model.apply(variables, images), larger.apply(variables, images))
+
+
+def test_training_moves_the_running_statistics_as_pytorch_does(float64: None) -> None:
+    """Those of the batch are computed with; the running variance is moved by the unbiased one, by a tenth."""
+    model: Any = MODELS['deep, stem']
+    module = random_module(model)
+    model, variables = convert.from_torch(checkpoint(model, module), **told(model))
+    images = np.random.default_rng(0).standard_normal((3, 16, 24, 3))
+    apply = jax.jit(model.apply, static_argnames=('train', 'mutable'))
+    logits, changed = apply(variables, images, train=True, mutable='batch_stats')
+    theirs = module.train()(torch.tensor(images).permute(0, 3, 1, 2)).detach().numpy()
+    after = architecture_of(model).layouts_of(model)[0].tensors_from_today(
+        {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    )
+    ours = convert.to_torch(model, {**variables, **changed})
+    moved = {name: relative_error(ours[name], after[name]) for name in ours if 'running' in name}
+    assert len(moved) == 6
+    check(moved | {'logits': relative_error(logits, theirs)}, FLOAT64_BOUND)
+    still = convert.to_torch(model, variables)
+    assert all(not np.array_equal(still[name], ours[name]) for name in moved)
+
+
+def test_what_drops_out_in_training() -> None:
+    """Stochastic depth leaves whole branches of an image out, none of the first block's, and scales the others up."""
+    drop = flax_vit.official_deep_vit.DropPath(0.25)
+    x = jnp.ones((400, 2, 3))
+    kept: Any = drop.apply({}, x, train=True, rngs={'dropout': jax.random.key(0)})
+    assert set(np.unique(kept).tolist()) == {0.0, np.float32(1 / 0.75).item()}
+    assert np.all(np.asarray(kept == kept[:, :1, :1]))
+    assert 0.65 < np.mean(kept > 0) < 0.85
+    np.testing.assert_array_equal(drop.apply({}, x, train=False), x)
+    model = OfficialDeepViT(image_size=8, patch_size=4, dim=12, drop_path=0.4, **{**SIZES, 'depth': 3})
+    variables = model.init(jax.random.key(0), x := np.ones((1, 8, 8, 3), np.float32))
+    seen: dict[str, float] = {}
+
+    def note(call: Any, given: Any, keywords: Any, context: Any) -> Any:
+        if isinstance(context.module, flax_vit.official_deep_vit.DropPath):
+            seen['/'.join(context.module.path)] = context.module.rate
+        return call(*given, **keywords)
+
+    with flax_vit.official_deep_vit.nn.intercept_methods(note):
+        rngs = {'dropout': jax.random.key(1)}
+        model.apply(variables, x, train=True, rngs=rngs, mutable=['batch_stats'])
+    assert seen == {
+        f'transformer/layers_{block}_{part}/drop_path': pytest.approx(0.2 * block)
+        for block in range(3)
+        for part in range(2)
+    }
+
+
+# What is done wrong, and what `verify` says of it.
+SLIPS: dict[str, tuple[str, Mapping[str, Any], str]] = {
+    "PyTorch's epsilon in SimpleViT": ('simple, with pre_logits', {'EPSILON': EPSILON}, r'epsilon of 1e-05 .* 1e-06'),
+    'erf in SimpleViT': ('simple, linear head', {'tanh_gelu': gelu}, 'GELU by the error function .* instead of tanh'),
+    'another epsilon in DeepViT': ('deep, patches', {'layer_norm_epsilon': 1e-5}, r'epsilon of 1e-05 .* 1e-06'),
+    'no scale after re-attention': ('deep, otherwise', {'transform_scale': False}, 'without a scale after re-attention'),
+    'another scale_adjustment': ('deep, stem', {'scale_adjustment': 1.0}, 'with scale_adjustment=1.0'),
+}
+
+
+@pytest.mark.parametrize('slip', SLIPS)
+def test_causes_are_named(slip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, wrong, words = SLIPS[slip]
+    right: Any = MODELS[name]
+    tensors = checkpoint(right, random_module(right))
+    model: Any
+    model, variables = convert.from_torch(tensors, **told(right))
+    for field, value in wrong.items():
+        if hasattr(model, field):
+            model = model.clone(**{field: value})
+        else:
+            monkeypatch.setattr(flax_vit.official_simple_vit, field, value)
+    report = convert.verify(tensors, converted=(model, variables), **told(right), dtype='float64', count=2)
+    assert not report.right
+    assert any(re.search(words, cause) for cause in report.causes), report.causes
+
+
+@pytest.mark.parametrize(('name', 'path', 'words'), [
+    ('simple, with pre_logits', ('transformer', 'layers_0_0', 'query', 'kernel'), r'to_qkv\.weight: not the source'),
+    ('deep, stem', ('transformer', 'layers_1_0', 'reatten_matrix', 'kernel'), r'with reatten_matrix\.weight transposed'),
+    ('deep, patches', ('to_patch_embedding_1', 'kernel'), "not the source's"),
+])  # fmt: skip
+def test_wrong_parameters_are_named(name: str, path: tuple[str, ...], words: str) -> None:
+    right: Any = MODELS[name]
+    tensors = checkpoint(right, random_module(right))
+    model, variables = convert.from_torch(tensors, **told(right))
+    *outer, last = path
+    node = variables['params']
+    for part in outer:
+        node = node[part]
+    node[last] = node[last].swapaxes(-1, -2) if last == 'kernel' and 'reatten' in path[-2] else node[last] + 0.1
+    report = convert.verify(tensors, converted=(model, variables), **told(right), dtype='float64', count=2)
+    assert not report.right
+    assert any(re.search(words, cause) for cause in report.causes), report.causes
+
+
+@pytest.mark.parametrize('name', ['simple, with pre_logits', 'deep, stem'])
+def test_they_are_at_home_in_flax_vit(name: str, tmp_path: Any) -> None:
+    right: Any = MODELS[name]
+    model: Any
+    model, variables = convert.from_torch(checkpoint(right, random_module(right)), **told(right))
+    images = np.random.default_rng(0).standard_normal((2, *right.image_size, 3)).astype(np.float32)
+    save_pretrained(tmp_path / 'folder', model, variables)
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), ('data', 'model'))
+    again: Any
+    again, spread = from_pretrained(tmp_path / 'folder', mesh=mesh)
+    assert again == model
+    jax.tree.map(np.testing.assert_array_equal, spread, variables)
+    logits = jax.jit(again.apply)(spread, images)
+    seen = features(model, variables, images, attention=True)
+    np.testing.assert_allclose(seen.logits, logits, rtol=1e-5, atol=1e-5)
+    assert list(seen.attention) == [0, 1]
+    assert list(seen.reattention) == ([1] if name == 'deep, stem' else [])
+    module = to_nnx(model, variables)
+    np.testing.assert_allclose(module(images), logits, rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, from_nnx(module), variables)
+    specs = {str(sharding.spec) for sharding in jax.tree.leaves(shardings(variables, mesh))}
+    assert any('model' in spec for spec in specs)
+    if name == 'deep, stem':
+        module.train()
+        module(images)
+        jax.tree.map(lambda old, new: (old != new).any() or pytest.fail(), variables['batch_stats'],
+                     from_nnx(module)['batch_stats'])  # fmt: skip
+    with pytest.warns(flax_vit.PretrainedWarning):
+        other, resized = from_pretrained(tmp_path / 'folder', num_classes=5, image_size=(32, 40))
+    assert other.apply(resized, jnp.ones((1, 32, 40, 3))).shape == (1, 5)  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+def test_the_largest_registered_model_is_converted_and_run() -> None:
+    model: Any = named('deepvit_L_384', num_classes=10)
+    with torch.device('cpu'):
+        module = architecture_of(model).torch_module(model, {}).float().eval()
+    source = checkpoint(model, module)
+    again: Any
+    again, variables = convert.from_torch(source)
+    assert again == model
+    images = np.random.default_rng(0).standard_normal((1, 384, 384, 3), np.float32)
+    logits = jax.jit(again.apply)(variables, images)
+    with torch.no_grad():
+        theirs = module(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(logits, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
