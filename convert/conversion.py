@@ -258,7 +258,11 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any], *, layout: str | No
     chosen = [candidate for candidate in able if layout in (None, candidate.id)]
     if not chosen:
         ids = ', '.join(f'{candidate.id} ({candidate})' for candidate in able)
-        asked = f'layout={layout!r} does not compute' if layout else f'No release of {architecture.layouts[0].source} computes'
+        asked = (
+            f'layout={layout!r} does not compute'
+            if layout
+            else f'No release of {architecture.layouts[0].source} computes'
+        )
         raise ConversionError(f'{asked} what this {type(model).__name__} does. Layouts that do: {ids or "none"}.')
     tensors = names.to_torch(model, variables)
     empty = {name: np.zeros(shape, model.param_dtype) for name, shape in architecture.empty(model).items()}
@@ -326,6 +330,7 @@ def arrays(tree: Any) -> Any:
 
 def provenance(inspection: Inspection) -> dict[str, Any]:
     """Where a converted model comes from, in plain JSON, to be kept beside its parameters."""
+    preprocessing = architecture_of(inspection.model).preprocessing(inspection.layout, inspection.model)
     return {
         'files': {file.name: sha256(file) for file in inspection.files},
         'format': inspection.format,
@@ -338,5 +343,6 @@ def provenance(inspection: Inspection) -> dict[str, Any]:
             if name not in checks.COMPUTATION or field.how == 'given'
         },
         'left aside': dict(inspection.unwrapped.left_aside),
+        **({'preprocessing': preprocessing} if preprocessing else {}),
         'versions': {package.__name__: package.__version__ for package in (flax_vit, flax, jax, np)},
     }

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from flax_vit.nnx_bridge import from_nnx, to_nnx
     from flax_vit.official_deep_vit import OfficialDeepViT
     from flax_vit.official_simple_vit import OfficialSimpleViT
+    from flax_vit.preprocessing import preprocess
     from flax_vit.serving import export_serving
     from flax_vit.sharding import shardings
     from flax_vit.simple_vit import SimpleViT
@@ -38,6 +39,7 @@ else:
             'from_torch': 'convert.conversion',
             'inspect': 'convert.conversion',
             'named': 'flax_vit.architectures',
+            'preprocess': 'flax_vit.preprocessing',
             'push_to_hub': 'flax_vit.folders.hub',
             'save_pretrained': 'flax_vit.folders.saving',
             'shardings': 'flax_vit.sharding',
@@ -51,9 +53,9 @@ else:
 
 __all__ = [
     'DeepViT',
+    'Features',
     'OfficialDeepViT',
     'OfficialSimpleViT',
-    'Features',
     'PretrainedWarning',
     'SimpleViT',
     'ViT',
@@ -65,6 +67,7 @@ __all__ = [
     'from_torch',
     'inspect',
     'named',
+    'preprocess',
     'push_to_hub',
     'save_pretrained',
     'shardings',

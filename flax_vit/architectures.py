@@ -17,7 +17,9 @@ from flax_vit.simple_vit import SimpleViT
 from flax_vit.sizes import FIELDS
 from flax_vit.vit import ViT
 
-MODELS: dict[str, type[Any]] = {model.__name__: model for model in (DeepViT, OfficialDeepViT, OfficialSimpleViT, SimpleViT, ViT)}
+MODELS: dict[str, type[Any]] = {
+    model.__name__: model for model in (DeepViT, OfficialDeepViT, OfficialSimpleViT, SimpleViT, ViT)
+}
 
 
 def field_names(model_class: type[nn.Module]) -> list[str]:

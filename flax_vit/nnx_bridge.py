@@ -76,6 +76,8 @@ def from_nnx(module: nnx.bridge.ToNNX) -> dict[str, Any]:
     """
     inner: Any = module.to_nnx__module if isinstance(module, nnx.bridge.ToNNX) else module
     if inner is module or not isinstance(inner, tuple(classes().values())):
-        raise ValueError(f'from_nnx takes what to_nnx made of one of {", ".join(MODELS)}, not a {type(inner).__name__}.')
+        raise ValueError(
+            f'from_nnx takes what to_nnx made of one of {", ".join(MODELS)}, not a {type(inner).__name__}.'
+        )
     found = {name: nnx.to_pure_dict(nnx.state(module, kind)) for name, kind in KINDS.items()}
     return {name: tree for name, tree in found.items() if tree}

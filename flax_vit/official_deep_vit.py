@@ -48,7 +48,7 @@ BATCH_NORM_EPSILON, MOMENTUM = 1e-5, 0.1  # of torch.nn.BatchNorm2d
 normal, zeros = nn.initializers.truncated_normal(0.02, lower=-100, upper=100), nn.initializers.zeros
 
 # The registered models, by their names.
-_LARGE = {'dim': 420, 'depth': 32, 'mlp_dim': 1260, 'cnn_stem': True, 'scale_adjustment': 0.5}
+_LARGE: dict[str, Any] = {'dim': 420, 'depth': 32, 'mlp_dim': 1260, 'cnn_stem': True, 'scale_adjustment': 0.5}
 _LARGE |= {'reattention': tuple(range(20, 32))}
 _DIFFERENCES: dict[str, dict[str, Any]] = {
     **{
@@ -76,7 +76,9 @@ class Conv(layers.Layer):
     stride: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, 'batch height width in_features']) -> Float[Array, 'batch rows columns features']:
+    def __call__(
+        self, x: Float[Array, 'batch height width in_features']
+    ) -> Float[Array, 'batch rows columns features']:
         shape = self.kernel_size, self.kernel_size, self.in_features, self.features
         kernel = self.param('kernel', uniform(math.prod(shape[:-1]) ** -0.5), shape, self.param_dtype)
         dtype = nn.dtypes.canonicalize_dtype(x, kernel, dtype=self.dtype)
@@ -358,7 +360,7 @@ class OfficialDeepViT(layers.Layer):
 
         With `train`, statistics are the batch's, and what drops out needs `rngs={'dropout': key}`.
         """
-        x = images
+        x: Any = images
         for layer in self.to_patch_embedding:
             x = layer(x, train=train) if isinstance(layer, BatchNorm) else layer(x)
         x = x.astype(nn.dtypes.canonicalize_dtype(x, self.cls_token, self.pos_embedding, dtype=self.dtype))

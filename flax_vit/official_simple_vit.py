@@ -152,7 +152,9 @@ class OfficialSimpleViT(Layer):
     MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ()  # fields that make other functions of them
     # By the names that `named` knows: that of the published weights.
-    VARIANTS: ClassVar[Mapping[str, Mapping[str, Any]]] = {'official_simple_vit_s16': {**FIELDS['s16'], 'rep_size': 384}}
+    VARIANTS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        'official_simple_vit_s16': {**FIELDS['s16'], 'rep_size': 384}
+    }
     patch_norm: ClassVar[bool] = False
 
     image_size: int | tuple[int, int]  # pixels; (height, width) when not square. Images of other sizes are taken, too
@@ -205,9 +207,7 @@ class OfficialSimpleViT(Layer):
                 fits=lambda height, width: height % rows == 0 and width % columns == 0 and height * width > 0,
             )
 
-        projection = self.inner(
-            PatchProjection, patch_size=(rows, columns), kernel_init=lecun_normal, bias_init=zeros
-        )
+        projection = self.inner(PatchProjection, patch_size=(rows, columns), kernel_init=lecun_normal, bias_init=zeros)
         self.to_patch_embedding = [cut, projection]
         self.transformer = self.inner(Transformer, dim_head=self.dim // self.heads)
         self.to_latent = Identity()

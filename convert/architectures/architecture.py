@@ -19,7 +19,9 @@ from flax_vit.layers import grid_of
 IDENTITY = 'torch.nn.modules.linear.Identity'
 MOST_SHOWN = 4  # of rates that differ
 _RANGE = re.compile(r'(?P<first>[\d.]+)(?: to (?P<last>[\d.]+)|(?P<later> and later))?')
-_NUMBER = re.compile(r'(?:(?<=\blayers\.)|(?<=encoder_)|(?<=encoderblock_)|(?<=\bblocks\.))\d+(?=\.)')  # of a block, in a name
+_NUMBER = re.compile(
+    r'(?:(?<=\blayers\.)|(?<=encoder_)|(?<=encoderblock_)|(?<=\bblocks\.))\d+(?=\.)'
+)  # of a block, in a name
 
 
 @dataclass(frozen=True)
@@ -337,6 +339,10 @@ class Architecture:
         """The fields of models that have a name of their own, which a trainer may have kept as `arch`."""
         return {}
 
+    def preprocessing(self, layout: Layout, model: Any) -> dict[str, Any] | None:
+        """How pictures were prepared when the published accuracies were measured, as `flax_vit.preprocess` takes it."""
+        return None
+
     def table(self, model: Any) -> ComputedTable | None:
         """How far positions that are no parameters are from what they should be, and how far they may be."""
         return None
@@ -403,6 +409,14 @@ def patches_of(fields: Mapping[str, Field], patch_dim: int, default: int) -> dic
     )
     why = f"{arithmetic}, and vit-pytorch's default of {default} channels does not fit a square: {choices}"
     return {'channels': Field(None, 'unknown', why), 'patch_size': Field(None, 'unknown')}
+
+
+def prepared(model: Any, resize: int, interpolation: str, mean: Any = 0.5, std: Any = 0.5) -> dict[str, Any] | None:
+    """What `Architecture.preprocessing` says, where the model takes square pictures in colours."""
+    if not isinstance(model.image_size, int) or model.channels != 3 or model.image_size > resize:
+        return None
+    mean, std = ([each] * 3 if isinstance(each, float) else list(each) for each in (mean, std))
+    return {'resize': resize, 'crop': model.image_size, 'interpolation': interpolation, 'mean': mean, 'std': std}
 
 
 def image_of_patches(

@@ -16,6 +16,7 @@ from convert.architectures.architecture import (
     Layout,
     image_of_patches,
     one_or_pair,
+    prepared,
 )
 from convert.architectures.way import Mistake, Way, class_token_mistakes
 from convert.errors import ConversionError
@@ -197,7 +198,10 @@ class OfficialDeepViTArchitecture(Architecture):
     def complete(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """A variant's fields with those that have their default, but for what it is trained with."""
         model = OfficialDeepViT(num_classes=1, **fields)
-        return {**fields, **{name: getattr(model, name) for name in (*UNTOLD, *self.assumed, 'cnn_stem', 'reattention')}}
+        return {
+            **fields,
+            **{name: getattr(model, name) for name in (*UNTOLD, *self.assumed, 'cnn_stem', 'reattention')},
+        }
 
     def quantities(self, model: Any) -> dict[str, int]:
         height, width = pair(model.patch_size)
@@ -219,16 +223,17 @@ class OfficialDeepViTArchitecture(Architecture):
         return fields | ({'reattention': (0,)} if depth == 1 else {})
 
     def is_in_block(self, name: str, block: int, told: Mapping[str, Any]) -> bool:
-        """Where no block re-attends, all are expected to: it is one of timm's, and others of the same names are, too."""
+        """Where no block re-attends, all are expected to: timm's ViT has the other names, and relatives of it have."""
         return not _REATTENTION.search(name) or not told['reattention'] or block in told['reattention']
 
     def told_by_sizes(
         self, fields: Mapping[str, Field], sizes: Mapping[str, int], defaults: Mapping[str, Any]
     ) -> dict[str, Field]:
         """What no weights tell, the registered model tells that has these sizes."""
-        sides = (sizes.get('patch height'), sizes.get('patch width'))
         if fields['cnn_stem'].value:
-            sides = (2 * sizes['half of it'], 2 * sizes['half its width'])
+            sides = 2 * sizes['half of it'], 2 * sizes['half its width']
+        else:
+            sides = sizes['patch height'], sizes['patch width']
         told, patch_size = one_or_pair(sides), fields.get('patch_size')
         if patch_size and patch_size.value != told:
             raise ConversionError(f'patch_size={patch_size.value!r} contradicts the weights: it is {told!r} in them.')
@@ -250,6 +255,10 @@ class OfficialDeepViTArchitecture(Architecture):
             if name not in found:
                 found[name] = Field(None, 'unknown', why)
         return found | image_of_patches(found, sizes['patches'], 'inferred' if alike else 'assumed')
+
+    def preprocessing(self, layout: Layout, model: Any) -> dict[str, Any] | None:
+        sizes = {224: 248, 384: 384}  # 224 / 0.9, and whole pictures
+        return prepared(model, sizes[model.image_size], 'bicubic') if model.image_size in sizes else None
 
     def maps_of_block(self, model: Any, block: int) -> tuple[AttentionMap, ...]:
         softmax = AttentionMap('attention_drop', 'attention_drop', ', before re-attention')

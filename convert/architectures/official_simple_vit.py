@@ -15,6 +15,7 @@ from convert.architectures.architecture import (
     Field,
     Layout,
     one_or_pair,
+    prepared,
 )
 from convert.architectures.simple_vit import exact_table, table_limit, table_mistakes
 from convert.architectures.way import Mistake, Way
@@ -90,7 +91,7 @@ class OfficialSimpleViTWay(Way):
 
 
 class OfficialSimpleViTArchitecture(Architecture):
-    """big_vision's ViT with posemb='sincos2d' and pool_type='gap'. Its truth is JAX; PyTorch's is this project's own."""
+    """big_vision's ViT with posemb='sincos2d' and pool_type='gap'. Its truth is JAX; the PyTorch module is our own."""
 
     model = OfficialSimpleViT
     torch_classes = ('convert.references.simple_vit.SimpleViT',)
@@ -101,7 +102,18 @@ class OfficialSimpleViTArchitecture(Architecture):
     axes = tuple(
         map(
             Axis,
-            ('1', 'patch height', 'patch width', 'channels', 'heads', 'dim_head', 'dim', 'mlp_dim', 'num_classes', 'rep_size'),
+            (
+                '1',
+                'patch height',
+                'patch width',
+                'channels',
+                'heads',
+                'dim_head',
+                'dim',
+                'mlp_dim',
+                'num_classes',
+                'rep_size',
+            ),
         )
     )
     probe: Mapping[str, Any] = {
@@ -140,6 +152,9 @@ class OfficialSimpleViTArchitecture(Architecture):
             why = 'the model takes images of any size; the published ones were trained with this'
             found['image_size'] = Field(PUBLISHED, 'inferred', why) if fits else Field(None, 'unknown', 'give any')
         return found
+
+    def preprocessing(self, layout: Layout, model: Any) -> dict[str, Any] | None:
+        return prepared(model, 256, 'area') if model.image_size == PUBLISHED else None
 
     def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
         import torch

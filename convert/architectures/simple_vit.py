@@ -15,6 +15,7 @@ from convert.architectures.architecture import (
     Layout,
     one_or_pair,
     other_heads,
+    prepared,
 )
 from convert.architectures.way import Way
 from convert.errors import ConversionError
@@ -70,6 +71,12 @@ class SimpleViTArchitecture(Architecture):
     tables = frozenset({'pos_embedding'})  # where somebody made it a buffer
     attention_maps = (AttentionMap('attend', 'attend'),)
     way = SimpleViTWay
+
+    def preprocessing(self, layout: Layout, model: Any) -> dict[str, Any] | None:
+        """B-cos v2 trained on ImageNet."""
+        if layout.id != 'B-cos' or model.image_size != 224:
+            return None
+        return prepared(model, 256, 'bilinear', (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
     def known_fields(self, module: Any) -> dict[str, Any]:
         fields = super().known_fields(module)
@@ -148,7 +155,8 @@ def table_limit(model: Any) -> float:
 def exact_table(model: Any) -> np.ndarray:
     """The model's sincos table (tokens, dim) in float64."""
     quarter = model.dim // 4
-    return sincos(*model.grid, quarter, quarter - 1)
+    height, width = model.grid
+    return sincos(height, width, quarter, quarter - 1)
 
 
 def table_mistakes(model: Any, right: np.ndarray) -> dict[str, np.ndarray]:

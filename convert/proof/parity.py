@@ -242,7 +242,9 @@ def with_shared_fields(source: Any, model: nn.Module, **arguments: Any) -> Inspe
     inspection = inspect(source, **arguments)
     ours, theirs = (name_of(each) for each in (type(model), inspection.layout.model))
     if ours != theirs:
-        raise ConversionError(f'The converted model is {with_article(ours)}, but {inspection.source} holds {with_article(theirs)}.')
+        raise ConversionError(
+            f'The converted model is {with_article(ours)}, but {inspection.source} holds {with_article(theirs)}.'
+        )
     shared = {name for name, field in inspection.fields.items() if field.how in {'unknown', 'assumed'}}
     inspection = inspect(source, **arguments, **{name: getattr(model, name) for name in shared})
     fields = {

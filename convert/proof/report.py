@@ -94,7 +94,9 @@ def figures_of(
     """
     inspection = report.inspection
     source = provenance(inspection)
-    first = None if report.right else report.first.label if report.first else report.table and f'the {report.table.name}'
+    first = (
+        None if report.right else report.first.label if report.first else report.table and f'the {report.table.name}'
+    )
     truth, theirs, _, ours = report.logits
     head = report.classifies
     return {

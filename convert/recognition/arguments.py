@@ -92,9 +92,7 @@ def read_arguments(
     return {**resolved, **read}
 
 
-def groups(
-    tree: Mapping[Any, Any], names: list[str], variants: Mapping[str, Mapping[str, Any]]
-) -> Iterator[Arguments]:
+def groups(tree: Mapping[Any, Any], names: list[str], variants: Mapping[str, Mapping[str, Any]]) -> Iterator[Arguments]:
     """The arguments in every dict of the tree: under their names, or all under names with one beginning.
 
     `variants`: those of models with a name of their own, which stands in for them.

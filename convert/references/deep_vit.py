@@ -5,19 +5,14 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import nn
 
-
-class Patches(nn.Conv2d):
-    """A token for each patch, row by row."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return super().forward(images).flatten(2).transpose(1, 2)
+from convert.references.parts import Patches, Transformer
 
 
 def stem(channels: int, dim: int, patch_size: Sequence[int], cnn: bool) -> nn.Sequential:
     """Tokens of images; what is an Identity has no parameters in Flax either."""
     rows, columns = patch_size
     if not cnn:
-        return nn.Sequential(nn.Identity(), Patches(channels, dim, (rows, columns), (rows, columns)))
+        return nn.Sequential(nn.Identity(), Patches(channels, dim, patch_size))
     half = rows // 2, columns // 2
     return nn.Sequential(
         nn.Identity(),
@@ -28,7 +23,7 @@ def stem(channels: int, dim: int, patch_size: Sequence[int], cnn: bool) -> nn.Se
         nn.BatchNorm2d(64),
         nn.ReLU(),
         nn.Identity(),
-        Patches(64, dim, half, half),
+        Patches(64, dim, half),
     )
 
 
@@ -73,19 +68,6 @@ class FeedForward(nn.Module):
         return self.net(self.scale_adjustment * x) / self.scale_adjustment
 
 
-class Transformer(nn.Module):
-    def __init__(self, blocks: Sequence[nn.ModuleList], norm: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(blocks)
-        self.norm = norm
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for attention, feed_forward in self.layers:
-            x = x + attention(x)
-            x = x + feed_forward(x)
-        return self.norm(x)
-
-
 class DeepViT(nn.Module):
     def __init__(
         self, *, patches: int, patch_size: Sequence[int], num_classes: int, dim: int, depth: int, heads: int,
@@ -96,14 +78,14 @@ class DeepViT(nn.Module):
         self.to_patch_embedding = stem(channels, dim, patch_size, cnn_stem)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         self.pos_embedding = nn.Parameter(torch.randn(1, patches + 1, dim))
-        blocks = []
+        blocks: list[tuple[nn.Module, nn.Module]] = []
         for block in range(depth):
             attention = Attention(
                 dim, heads, layer_norm_epsilon, block in reattention, transform_scale=transform_scale,
                 scale_adjustment=scale_adjustment, qk_scale=qk_scale, qkv_bias=qkv_bias,
             )  # fmt: skip
             feed_forward = FeedForward(dim, mlp_dim, layer_norm_epsilon, scale_adjustment)
-            blocks.append(nn.ModuleList([attention, feed_forward]))
+            blocks.append((attention, feed_forward))
         self.transformer = Transformer(blocks, nn.LayerNorm(dim, layer_norm_epsilon))
         self.to_latent = nn.Identity()
         self.head = nn.Linear(dim, num_classes) if num_classes else None

@@ -6,17 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from convert.references.parts import Patches, Transformer
+
 EPSILON = 1e-6
-
-
-class Patches(nn.Conv2d):
-    """A token for each patch, row by row."""
-
-    def __init__(self, channels: int, dim: int, patch_size: Sequence[int]) -> None:
-        super().__init__(channels, dim, tuple(patch_size), tuple(patch_size))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return super().forward(images).flatten(2).transpose(1, 2)
 
 
 class ToHeads(nn.Module):
@@ -64,20 +56,6 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-class Transformer(nn.Module):
-    def __init__(self, dim: int, depth: int, heads: int, mlp_dim: int) -> None:
-        super().__init__()
-        blocks = (nn.ModuleList([Attention(dim, heads), FeedForward(dim, mlp_dim)]) for _ in range(depth))
-        self.layers = nn.ModuleList(blocks)
-        self.norm = nn.LayerNorm(dim, EPSILON)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for attention, feed_forward in self.layers:
-            x = x + attention(x)
-            x = x + feed_forward(x)
-        return self.norm(x)
-
-
 class SimpleViT(nn.Module):
     """The model for images that have the positions given."""
 
@@ -88,7 +66,8 @@ class SimpleViT(nn.Module):
         super().__init__()
         self.positions = positions
         self.to_patch_embedding = nn.Sequential(nn.Identity(), Patches(channels, dim, patch_size))
-        self.transformer = Transformer(dim, depth, heads, mlp_dim)
+        blocks = [(Attention(dim, heads), FeedForward(dim, mlp_dim)) for _ in range(depth)]
+        self.transformer = Transformer(blocks, nn.LayerNorm(dim, EPSILON))
         self.to_latent = nn.Identity()
         self.pre_logits = nn.Linear(dim, rep_size) if rep_size else None
         self.head = nn.Linear(rep_size or dim, num_classes) if num_classes else None

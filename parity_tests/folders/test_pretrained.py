@@ -455,7 +455,7 @@ def test_wrong_variables_are_not_saved(tmp_path: pathlib.Path) -> None:
     whole = jax.tree.map(lambda array: array.astype(np.int8), variables)
     with pytest.raises(ValueError, match=r'should be float64, .*; not so:\n  params/linear_head/bias: int8'):
         save_pretrained(tmp_path / 'out', MODELS['simple'], whole)
-    with pytest.raises(ValueError, match='must be one of .*SimpleViT, ViT, not a Dense'):
+    with pytest.raises(ValueError, match=r'must be one of .*SimpleViT, ViT, not a Dense'):
         save_pretrained(tmp_path / 'out', nn.Dense(3), variables)
     assert not (tmp_path / 'out').exists()
 

@@ -157,5 +157,5 @@ def test_what_are_no_blocks_and_no_model() -> None:
             features(model, variables, images, blocks=[block])  # type: ignore[list-item]
     fields = {name: getattr(model, name) for name in field_names(DeepViT)}
     for stranger in (Wider(**fields), to_nnx(model, variables)):
-        with pytest.raises(ValueError, match='features looks into one of .*SimpleViT, ViT itself, not a '):
+        with pytest.raises(ValueError, match=r'features looks into one of .*SimpleViT, ViT itself, not a '):
             features(stranger, variables, images)

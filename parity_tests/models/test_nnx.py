@@ -133,10 +133,8 @@ def test_what_is_none_of_ours(model: Any, variables: Any) -> None:
         to_nnx(model, variables['params'])
     with pytest.raises(ValueError, match='expected'):
         to_nnx(model.clone(mlp_dim=9), variables)
-    with pytest.raises(ValueError, match='The model must be one of .*SimpleViT, ViT, not a Dense'):
+    with pytest.raises(ValueError, match=r'The model must be one of .*SimpleViT, ViT, not a Dense'):
         to_nnx(nn.Dense(3), variables)
     for module in (nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.bridge.ToNNX(nn.Dense(3)), model):
-        with pytest.raises(
-            ValueError, match='from_nnx takes what to_nnx made of one of .*SimpleViT, ViT, not a '
-        ):
+        with pytest.raises(ValueError, match=r'from_nnx takes what to_nnx made of one of .*SimpleViT, ViT, not a '):
             from_nnx(module)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The papers' own models compute what their code did: golden files of every step, and PyTorch of our own beside them."""
+"""The papers' own models compute what their code did: golden files of every step, and PyTorch of our own beside it."""
 
 import json
 import re
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import linen as nn
 
 import convert
 import flax_vit.official_simple_vit
@@ -99,7 +100,7 @@ def test_the_port_is_proven(model: Any) -> None:
     assert len(report.attention) == sum(maps)
     for theirs, ours in report.attention.values():
         assert relative_error(ours, theirs) <= FLOAT64_BOUND
-    assert len(report.rows) == 2 * inspection.model.depth + 3  # type: ignore[attr-defined]
+    assert len(report.rows) == 2 * inspection.model.depth + 3
 
 
 @pytest.mark.parametrize('name', TOLD)
@@ -170,8 +171,10 @@ def test_training_moves_the_running_statistics_as_pytorch_does(float64: None) ->
     apply = jax.jit(model.apply, static_argnames=('train', 'mutable'))
     logits, changed = apply(variables, images, train=True, mutable='batch_stats')
     theirs = module.train()(torch.tensor(images).permute(0, 3, 1, 2)).detach().numpy()
-    after = architecture_of(model).layouts_of(model)[0].tensors_from_today(
-        {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    after = (
+        architecture_of(model)
+        .layouts_of(model)[0]
+        .tensors_from_today({name: tensor.numpy() for name, tensor in module.state_dict().items()})
     )
     ours = convert.to_torch(model, {**variables, **changed})
     moved = {name: relative_error(ours[name], after[name]) for name in ours if 'running' in name}
@@ -191,7 +194,8 @@ def test_what_drops_out_in_training() -> None:
     assert 0.65 < np.mean(kept > 0) < 0.85
     np.testing.assert_array_equal(drop.apply({}, x, train=False), x)
     model = OfficialDeepViT(image_size=8, patch_size=4, dim=12, drop_path=0.4, **{**SIZES, 'depth': 3})
-    variables = model.init(jax.random.key(0), x := np.ones((1, 8, 8, 3), np.float32))
+    images = np.ones((1, 8, 8, 3), np.float32)
+    variables = model.init(jax.random.key(0), images)
     seen: dict[str, float] = {}
 
     def note(call: Any, given: Any, keywords: Any, context: Any) -> Any:
@@ -199,9 +203,9 @@ def test_what_drops_out_in_training() -> None:
             seen['/'.join(context.module.path)] = context.module.rate
         return call(*given, **keywords)
 
-    with flax_vit.official_deep_vit.nn.intercept_methods(note):
+    with nn.intercept_methods(note):
         rngs = {'dropout': jax.random.key(1)}
-        model.apply(variables, x, train=True, rngs=rngs, mutable=['batch_stats'])
+        model.apply(variables, images, train=True, rngs=rngs, mutable=['batch_stats'])
     assert seen == {
         f'transformer/layers_{block}_{part}/drop_path': pytest.approx(0.2 * block)
         for block in range(3)
@@ -214,7 +218,11 @@ SLIPS: dict[str, tuple[str, Mapping[str, Any], str]] = {
     "PyTorch's epsilon in SimpleViT": ('simple, with pre_logits', {'EPSILON': EPSILON}, r'epsilon of 1e-05 .* 1e-06'),
     'erf in SimpleViT': ('simple, linear head', {'tanh_gelu': gelu}, 'GELU by the error function .* instead of tanh'),
     'another epsilon in DeepViT': ('deep, patches', {'layer_norm_epsilon': 1e-5}, r'epsilon of 1e-05 .* 1e-06'),
-    'no scale after re-attention': ('deep, otherwise', {'transform_scale': False}, 'without a scale after re-attention'),
+    'no scale after re-attention': (
+        'deep, otherwise',
+        {'transform_scale': False},
+        'without a scale after re-attention',
+    ),
     'another scale_adjustment': ('deep, stem', {'scale_adjustment': 1.0}, 'with scale_adjustment=1.0'),
 }
 
@@ -238,7 +246,7 @@ def test_causes_are_named(slip: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(('name', 'path', 'words'), [
     ('simple, with pre_logits', ('transformer', 'layers_0_0', 'query', 'kernel'), r'to_qkv\.weight: not the source'),
-    ('deep, stem', ('transformer', 'layers_1_0', 'reatten_matrix', 'kernel'), r'with reatten_matrix\.weight transposed'),
+    ('deep, stem', ('transformer', 'layers_1_0', 'reatten_matrix', 'kernel'), r'reatten_matrix\.weight transposed'),
     ('deep, patches', ('to_patch_embedding_1', 'kernel'), "not the source's"),
 ])  # fmt: skip
 def test_wrong_parameters_are_named(name: str, path: tuple[str, ...], words: str) -> None:
@@ -280,11 +288,12 @@ def test_they_are_at_home_in_flax_vit(name: str, tmp_path: Any) -> None:
     if name == 'deep, stem':
         module.train()
         module(images)
-        jax.tree.map(lambda old, new: (old != new).any() or pytest.fail(), variables['batch_stats'],
-                     from_nnx(module)['batch_stats'])  # fmt: skip
+        before, after = (jax.tree.leaves(each['batch_stats']) for each in (variables, from_nnx(module)))
+        assert all((old != new).any() for old, new in zip(before, after, strict=True))
+    other: Any
     with pytest.warns(flax_vit.PretrainedWarning):
         other, resized = from_pretrained(tmp_path / 'folder', num_classes=5, image_size=(32, 40))
-    assert other.apply(resized, jnp.ones((1, 32, 40, 3))).shape == (1, 5)  # type: ignore[attr-defined]
+    assert other.apply(resized, jnp.ones((1, 32, 40, 3))).shape == (1, 5)
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def test_dicts_that_hold_each_other_are_entered_once() -> None:
     shared = {'hyper_parameters': arguments}
     for _ in range(60):  # 2⁶⁰ ways lead to it
         shared = {'one': shared, 'other': shared}
-    found = groups(shared, list(SIMPLE))
+    found = groups(shared, list(SIMPLE), {})
     assert [dict(each.values) for each in found] == [SIMPLE]
 
 

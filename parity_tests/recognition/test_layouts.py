@@ -321,7 +321,7 @@ def test_a_size_of_the_probe_tells_what_an_axis_holds(
     quantities = architecture.quantities(layout.model(**architecture.probe, depth=1))
     assert len({axis.size(quantities) for axis in architecture.axes}) == len(architecture.axes)
     expected = leaves(layout, depth=2)
-    other = {'image_size': 33, 'patch_size': 3, 'channels': 5, 'dim': 28, 'mlp_dim': 37, 'num_classes': 41}
+    other: Any = {'image_size': 33, 'patch_size': 3, 'channels': 5, 'dim': 28, 'mlp_dim': 37, 'num_classes': 41}
     other |= {'heads': 11, 'dim_head': 13}
     if not hasattr(layout.model, 'dim_head'):
         other = {**other, 'image_size': (42, 90), 'patch_size': (6, 10), 'dim': 88}
@@ -337,7 +337,5 @@ def test_a_model_of_somebody_else_goes_nowhere() -> None:
 
     own = Own(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=8)
     for model in (own, nn.Dense(3)):
-        with pytest.raises(
-            ConversionError, match=rf'A {type(model).__name__} is no {model_names()} of flax_vit'
-        ):
+        with pytest.raises(ConversionError, match=rf'A {type(model).__name__} is no {model_names()} of flax_vit'):
             convert.to_torch(model, {'params': {}})

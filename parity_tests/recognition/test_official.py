@@ -104,7 +104,7 @@ def test_a_head_of_big_vision_that_is_missing_or_linear() -> None:
 @pytest.mark.parametrize('name', ['pos_embedding', 'cls', 'MAPHead_0/probe', 'output_projection/kernel'])
 def test_other_models_of_big_vision_are_refused_by_name(name: str) -> None:
     arrays = of_big_vision('params/') | {f'params/{name}': np.zeros((1, 15, 24), np.float32)}
-    with pytest.raises(ConversionError, match='another ViT of big_vision or Scenic .* another function'):
+    with pytest.raises(ConversionError, match=r'another ViT of big_vision or Scenic .* another function'):
         convert.inspect(arrays)
 
 
@@ -119,7 +119,9 @@ def test_state_dicts_of_dvit_repo(name: str) -> None:
     assert same(convert.to_torch(model, variables), counted)
     assert model.reattention == ((2, 3) if name == 'dvit-S' else (0, 1, 2))
     assert (model.cnn_stem, model.patch_size) == ((True, 16) if name == 'dvit-S' else (False, 4))
-    with pytest.raises(ConversionError, match=r'This is an OfficialDeepViT(.|\n)*transform_scale: .*\n.*scale_adjustment: '):
+    with pytest.raises(
+        ConversionError, match=r'This is an OfficialDeepViT(.|\n)*transform_scale: .*\n.*scale_adjustment: '
+    ):
         convert.inspect(tensors, **{key: TOLD[name][key] for key in TOLD[name].keys() & {'image_size'}}).model  # noqa: B018
 
 
@@ -132,7 +134,9 @@ def test_checkpoints_of_timm(tmp_path: Path, zipped: bool) -> None:
     arguments = argparse.Namespace(model='patch', drop_path=0.2, img_size=224)
     checkpoint = {'epoch': 3, 'arch': 'patch', 'state_dict': tensors, 'args': arguments, 'state_dict_ema': average}
     torch.save(checkpoint, tmp_path / 'a.pth.tar', _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ConversionError, match=r"several different models(.|\n)*key='state_dict'(.|\n)*'state_dict_ema'"):
+    with pytest.raises(
+        ConversionError, match=r"several different models(.|\n)*key='state_dict'(.|\n)*'state_dict_ema'"
+    ):
         convert.inspect(tmp_path / 'a.pth.tar', **TOLD['dvit-patch'])
     _, variables = convert.from_torch(tmp_path / 'a.pth.tar', key='state_dict', **TOLD['dvit-patch'])
     _, averaged = convert.from_torch(tmp_path / 'a.pth.tar', key='state_dict_ema', **TOLD['dvit-patch'])
@@ -213,7 +217,9 @@ def test_export_writes_what_their_code_reads(tmp_path: Path) -> None:
     assert same({key: tensor.numpy() for key, tensor in written.items()}, {
         key: tensor for key, tensor in tensors.items() if not key.endswith('num_batches_tracked')
     })  # fmt: skip
-    assert convert.inspect(tmp_path / 'a.pt', **TOLD['dvit-S']).model == convert.inspect(tensors, **TOLD['dvit-S']).model
+    assert (
+        convert.inspect(tmp_path / 'a.pt', **TOLD['dvit-S']).model == convert.inspect(tensors, **TOLD['dvit-S']).model
+    )
 
 
 def test_wrong_fields_are_told() -> None:
