@@ -45,7 +45,7 @@ def show_plan(inspection: Inspection) -> None:
     for name, leaf in inspection.plan:
         tensor = inspection.tensors[name]
         shape = ' x '.join(map(str, tensor.shape))
-        plan.add_row(escape(name), shape, str(tensor.dtype), '/'.join(leaf.path), leaf.transform)
+        plan.add_row(escape(name), shape, str(tensor.dtype), leaf.place, leaf.transform)
     out.print()
     out.print(plan)
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from convert.architectures import architecture_of
 from convert.conversion import to_torch
-from convert.errors import ConversionError
+from convert.errors import ConversionError, with_article
 from flax_vit import from_pretrained
 from flax_vit.folders.config import new_config
 from flax_vit.folders.saving import write_arrays
@@ -27,10 +27,14 @@ def export(folder: Path, target: Path, *, layout: str | None = None, overwrite: 
     """
     if target.exists() and not overwrite:
         raise ConversionError(f'{target} exists; give another name, or --overwrite.')
+    if target.suffix not in {'.safetensors', '.pt', '.pth', '.npz'}:
+        raise ConversionError(f'{target.name} should end in .safetensors or .pt, to say which format is wanted.')
     model, variables = from_pretrained(folder)
-    formats = ['.npz'] if architecture_of(model).layouts[0].flax else ['.safetensors', '.pt', '.pth']
-    if target.suffix not in formats:
-        raise ConversionError(f'{target.name} should end in {" or ".join(formats)}, to say which format is wanted.')
+    if (target.suffix == '.npz') != architecture_of(model).layouts[0].flax:
+        wanted = '.safetensors or .pt' if target.suffix == '.npz' else '.npz'
+        raise ConversionError(
+            f'{target.name} should end in {wanted}: what reads {with_article(type(model).__name__)} reads those.'
+        )
     state_dict = to_torch(model, variables, layout=layout)
     with appearing_whole(target) as partial:
         if target.suffix == '.safetensors':

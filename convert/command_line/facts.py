@@ -34,7 +34,7 @@ def facts_of(inspection: Inspection, options: Mapping[str, Any]) -> dict[str, An
                 'name': name,
                 'shape': list(inspection.tensors[name].shape),
                 'dtype': str(inspection.tensors[name].dtype),
-                'parameter': '/'.join(leaf.path),
+                'parameter': leaf.place,
                 'transform': leaf.transform,
             }
             for name, leaf in inspection.plan

@@ -31,6 +31,11 @@ class Leaf:
     batched: bool = False  # the layout has it with an axis more, 1, in front
 
     @property
+    def place(self) -> str:
+        """Where it is in Flax, for people: among the parameters, if nothing else is said."""
+        return '/'.join(self.path).removeprefix('params/')
+
+    @property
     def transform(self) -> str:
         if self.batched:
             return 'without the first axis'

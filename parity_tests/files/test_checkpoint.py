@@ -614,7 +614,8 @@ def test_npz_with_other_things(tmp_path: Path) -> None:
     tree = read(tmp_path / 'x.npz').tree
     assert tree.pop('w').tolist() == [1, 1]
     assert (tree['big'].dtype, tree.pop('big').tolist()) == (np.float32, [1, 1])
-    kinds = {'text': '<U1', 'object': '|O', 'b': '<V2'}
+    assert tree.pop('b').tobytes() == bfloat16.tobytes()  # numpy calls it two bytes
+    kinds = {'text': '<U1', 'object': '|O'}
     assert tree == {name: Foreign(f'numpy.ndarray of {kind}') for name, kind in kinds.items()}
 
 

@@ -15,6 +15,7 @@ FLOORS = (
     'convert.caches',
     'convert.versions',
     'convert.files',
+    'convert.references',
     'convert.architectures',
     'convert.recognition',
     'convert.conversion',

@@ -206,7 +206,7 @@ def test_export_writes_what_their_code_reads(tmp_path: Path) -> None:
     export(tmp_path / 'simple', tmp_path / 'a.npz')
     with np.load(tmp_path / 'a.npz') as file:
         assert same(dict(file), of_big_vision())
-    with pytest.raises(ConversionError, match=r'should end in \.npz'):
+    with pytest.raises(ConversionError, match=r'should end in \.npz: what reads an OfficialSimpleViT'):
         export(tmp_path / 'simple', tmp_path / 'a.pt')
     tensors = of_dvit_repo('dvit-S')
     save_pretrained(tmp_path / 'deep', *convert.from_torch(tensors, **TOLD['dvit-S']))
