@@ -108,7 +108,7 @@ def groups(tree: Mapping[Any, Any], names: list[str], variants: Mapping[str, Map
         waiting += [((*path, str(key)), value) for key, value in node.items() if isinstance(value, Mapping)]
         for key in NAMES & node.keys():
             if isinstance(node[key], str) and node[key] in variants:
-                where = printable('.'.join((*path, key)))
+                where = printable('.'.join(filter(None, (*path, key))))
                 yield Arguments(where, {n: value for n, value in variants[node[key]].items() if n in names}, True)
         by_beginning: dict[str, dict[str, Any]] = {}
         for key, value in node.items():

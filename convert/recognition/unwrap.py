@@ -97,6 +97,8 @@ def unwrap(
     no layout explains.
     """
     leaves = list(walk(tree))
+    if any('encoderblock' in leaf.name for leaf in leaves):
+        leaves = list(of_flax(leaves))
     layouts = layouts_of_all(part, release)
     marked = {mark for mark in {layout.mark for layout in layouts} if any(mark in leaf.name for leaf in leaves)}
     found = candidates(leaves, key, tuple(layout for layout in layouts if layout.mark in marked), head=head)
@@ -139,15 +141,20 @@ def walk(tree: Any) -> Iterator[Item]:
         elif isinstance(node, list | tuple | set | frozenset):
             children = enumerate(node)
         else:
-            # Flax's names are paths
-            name = INSERTED.sub('', path[-1]).replace('/', '.') if path else ''
-            if SCANNED.search(name) and isinstance(node, np.ndarray) and node.ndim and len(node) <= MOST_BLOCKS:
-                yield from (Item(path[:-1], SCANNED.sub(f'_{i}', name), block) for i, block in enumerate(node))
-            else:
-                yield Item(path[:-1], name, node)
+            yield Item(path[:-1], INSERTED.sub('', path[-1]) if path else '', node)
             continue
         if id(node) not in parents:
             stack += reversed([((*path, str(name)), child, (*parents, id(node))) for name, child in children])
+
+
+def of_flax(leaves: Iterable[Item]) -> Iterator[Item]:
+    """big_vision's arrays by names with dots, not slashes; one for each block, where one array has them all."""
+    for container, name, value in leaves:
+        dotted = name.replace('/', '.')
+        if SCANNED.search(dotted) and isinstance(value, np.ndarray) and value.ndim and len(value) <= MOST_BLOCKS:
+            yield from (Item(container, SCANNED.sub(f'_{i}', dotted), block) for i, block in enumerate(value))
+        else:
+            yield Item(container, dotted, value)
 
 
 def candidates(leaves: Iterable[Item], key: str | None, layouts: tuple[Layout, ...], *, head: bool) -> list[Candidate]:
@@ -156,10 +163,10 @@ def candidates(leaves: Iterable[Item], key: str | None, layouts: tuple[Layout, .
     A complete model among the names of another (an average that a model keeps of itself) is none of the other's.
     Raises ConversionError when two tensors have one name.
     """
-    of_flax = any(layout.flax for layout in layouts)
+    in_flax = any(layout.flax for layout in layouts)
     state_dicts: dict[tuple[str, ...], dict[str, np.ndarray]] = defaultdict(dict)
     for leaf in leaves:
-        of_training = leaf.name.rpartition('.')[2] in BOOKKEEPING or (of_flax and OF_TRAINING.match(leaf.name))
+        of_training = leaf.name.rpartition('.')[2] in BOOKKEEPING or (in_flax and OF_TRAINING.match(leaf.name))
         if isinstance(leaf.value, np.ndarray) and not of_training:
             if leaf.name in state_dicts[leaf.container]:
                 raise ConversionError(f'Two tensors have the name {".".join((*leaf.container, leaf.name))!r}.')

@@ -324,7 +324,7 @@ def test_a_size_of_the_probe_tells_what_an_axis_holds(
     other: Any = {'image_size': 33, 'patch_size': 3, 'channels': 5, 'dim': 28, 'mlp_dim': 37, 'num_classes': 41}
     other |= {'heads': 11, 'dim_head': 13}
     if not hasattr(layout.model, 'dim_head'):
-        other = {**other, 'image_size': (42, 90), 'patch_size': (6, 10), 'dim': 88}
+        other = {**other, 'image_size': (80, 114), 'patch_size': (20, 38), 'dim': 88}
         other = {name: value for name, value in other.items() if name in architecture.probe} | {'rep_size': 50}
     other = {name: other[name] for name in architecture.probe}
     monkeypatch.setattr(type(architecture), 'probe', other)
