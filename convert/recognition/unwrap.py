@@ -27,7 +27,9 @@ from convert.recognition.relatives import relative
 from convert.recognition.rewritten import refusal_of, warning_of
 
 # Counters that profilers and BatchNorms keep among the weights; they are no part of any model's function.
-BOOKKEEPING = {'total_ops', 'total_params', 'num_batches_tracked'}
+PROFILED = {'total_ops', 'total_params'}
+COUNTED = 'num_batches_tracked'
+BOOKKEEPING = {*PROFILED, COUNTED}
 # What torch puts into the middle of names where it wraps a part of a model; the part computes the same.
 INSERTED = re.compile(r'(?<=\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.')
 # The blocks of one that Flax scanned over, in one array.
@@ -248,9 +250,10 @@ def left_aside(leaves: Iterable[Item], model: Candidate, used: Iterable[str]) ->
     tensors: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     address = model.place.address
     parts = {(*address, *name.split('.')) for name in used}
+    modules = {path[:-1] for path in parts}
     for leaf in leaves:
         path = (*leaf.container, *leaf.name.split('.'))
-        if path[-1] in BOOKKEEPING:
+        if path[-1] in PROFILED or (path[-1] == COUNTED and path[:-1] in modules):
             groups[path[-1]].append(leaf.value)
         elif path not in parts and not (isinstance(leaf.value, np.ndarray) and leaf.value.size == 0):
             shared = next(

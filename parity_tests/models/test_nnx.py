@@ -16,6 +16,7 @@ from flax import nnx
 
 from flax_vit import DeepViT, SimpleViT, ViT, from_nnx, to_nnx
 from parity_tests.support.pages import ROOT, blocks
+from parity_tests.support.slow import slow_but
 
 SIZES: dict[str, Any] = {'image_size': 8, 'patch_size': 4, 'num_classes': 3, 'dim': 16, 'depth': 1, 'heads': 2}
 MODELS = [
@@ -116,7 +117,7 @@ def test_nnx_sees_parameters(model: Any, variables: Any) -> None:
     assert same(from_nnx(doubled), jax.tree.map(lambda array: 2 * array, variables))
 
 
-@pytest.mark.parametrize('mode', ['true', 'false'])
+@pytest.mark.parametrize('mode', slow_but('false', ['true', 'false']))
 def test_the_page_in_both_of_nnx_modes(mode: str, tmp_path: Path) -> None:
     """Modules as graphs, and as trees; which is the default depends on flax's version."""
     script = '\n'.join(text for _, text in blocks(ROOT / 'docs' / 'nnx.md', 'python'))

@@ -66,7 +66,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]
     return {name: root / name for name in MODELS}
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', slow_but('deep', MODELS))
 def test_on_eight_devices(name: str, folders: dict[str, pathlib.Path]) -> None:
     facts = result(start('eight', str(folders[name])))
     every_large_parameter_is_split(name, facts)

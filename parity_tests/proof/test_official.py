@@ -32,6 +32,7 @@ from flax_vit import (
 from flax_vit.layers import EPSILON, gelu
 from parity_tests.recognition.test_official import OFFICIAL, TOLD, of_big_vision, of_dvit_repo
 from parity_tests.support.reference import FLOAT64_BOUND, check, perturbed, relative_error
+from parity_tests.support.slow import slow_but
 
 pytestmark = pytest.mark.filterwarnings('ignore::convert.ConversionWarning')  # what is assumed, and counters
 
@@ -83,7 +84,7 @@ def told(model: Any) -> dict[str, Any]:
     return found | ({'num_classes': 0} if model.num_classes == 0 else {})
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=slow_but({'simple, with pre_logits', 'deep, stem'}, MODELS))
 def model(request: pytest.FixtureRequest) -> Any:
     return MODELS[request.param]
 
@@ -103,7 +104,7 @@ def test_the_port_is_proven(model: Any) -> None:
     assert len(report.rows) == 2 * inspection.model.depth + 3
 
 
-@pytest.mark.parametrize('name', TOLD)
+@pytest.mark.parametrize('name', slow_but('dvit-S', TOLD))
 def test_deep_vit_computes_every_step_of_dvit_repo(name: str) -> None:
     with np.load(OFFICIAL / f'{name}.npz') as file:
         golden = dict(file)
@@ -227,7 +228,7 @@ SLIPS: dict[str, tuple[str, Mapping[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize('slip', SLIPS)
+@pytest.mark.parametrize('slip', slow_but('another scale_adjustment', SLIPS))
 def test_causes_are_named(slip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, wrong, words = SLIPS[slip]
     right: Any = MODELS[name]
@@ -244,6 +245,7 @@ def test_causes_are_named(slip: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert any(re.search(words, cause) for cause in report.causes), report.causes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'path', 'words'), [
     ('simple, with pre_logits', ('transformer', 'layers_0_0', 'query', 'kernel'), r'to_qkv\.weight: not the source'),
     ('deep, stem', ('transformer', 'layers_1_0', 'reatten_matrix', 'kernel'), r'reatten_matrix\.weight transposed'),

@@ -40,8 +40,10 @@ from parity_tests.support.reference import (
     rounding_error,
     to_numpy,
 )
+from parity_tests.support.slow import slow_but
 
-every_configuration = pytest.mark.parametrize('name', CONFIGURATIONS)
+ODD = {'deep-plain', 'deep-smaller-oblong', 'simple-oblong-patches', 'vit-oblong', 'vit-one-head-of-full-width'}
+every_configuration = pytest.mark.parametrize('name', slow_but(ODD, CONFIGURATIONS))
 both_models = pytest.mark.parametrize('name', ['deep-plain', 'simple-oblong-patches'])
 
 

@@ -144,7 +144,10 @@ def test_on_a_mesh_of_explicit_axes(name: str) -> None:
     np.testing.assert_allclose(jax.jit(port.apply)(*placed), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('layout', layouts_of_all(), ids=lambda layout: layout.id)
+WITH_TRANSFORMER = [layout for layout in layouts_of_all() if hasattr(layout.model, 'TRANSFORMER')]
+
+
+@pytest.mark.parametrize('layout', WITH_TRANSFORMER, ids=lambda layout: layout.id)
 def test_out_of_a_whole_model(layout: Layout) -> None:
     """Under the names of every release, and where the whole has another head than ours: the arrays of the whole."""
     sizes = {'image_size': 8, 'patch_size': 4, 'num_classes': 3, 'dim': 16, 'depth': 2, 'heads': 2, 'mlp_dim': 20}
