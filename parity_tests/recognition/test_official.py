@@ -150,6 +150,14 @@ def test_the_golden_checkpoint_of_timm_is_read() -> None:
     assert 'state_dict_ema' in found.unwrapped.left_aside
 
 
+def test_a_vit_of_timm_beside_it_is_none() -> None:
+    """It has the names of blocks that don't re-attend."""
+    deep = of_dvit_repo('dvit-patch')
+    plain = {name: tensor for name, tensor in deep.items() if 'reatten' not in name and 'var_norm' not in name}
+    found = convert.inspect({'deep': deep, 'plain': plain}, **TOLD['dvit-patch'])
+    assert (found.unwrapped.address, found.unwrapped.left_aside['plain']) == ('deep', '44 tensors')
+
+
 def blank(name: str) -> dict[str, Any]:
     """The names and shapes of a registered model's checkpoint; all zeros are one."""
     model = named(name)
