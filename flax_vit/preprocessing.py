@@ -31,7 +31,8 @@ def preprocess(
         What the model takes.
 
     Raises:
-        ValueError: When the folder says nothing of it, as vit-pytorch's own checkpoints don't; and without Pillow.
+        ValueError: When the folder says nothing of it, as vit-pytorch's own checkpoints don't; without pictures, and
+            without Pillow.
         FileNotFoundError: When there is no such folder.
     """
     try:
@@ -41,6 +42,8 @@ def preprocess(
     told = source if isinstance(source, Mapping) else kept_in(source)
     if set(told) != set(KEYS) or told['interpolation'] not in FILTERS:
         raise ValueError(f'Give {", ".join(KEYS)}, interpolation one of {", ".join(FILTERS)}; not {dict(told)}.')
+    if not len(images):
+        raise ValueError('Give pictures, at least one.')
     arrays = []
     for image in images:
         picture = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert('RGB')

@@ -85,6 +85,7 @@ RELATIVES = (
         r'pos_embedding|cls|MAPHead_0\.probe|output_projection\.kernel',
         beside=r'MlpBlock_\d\.Dense_0\.kernel',
     ),
+    Relative('the ViT of AlgoPerf (imagenet_vit)', r'conv_patch_extract\.(kernel|weight)'),
     Relative('a language model', r'(embed_tokens|tok_embeddings|word_embeddings|wte)\.weight'),
 )
 

@@ -53,6 +53,8 @@ def test_a_folder_says_how(tmp_path: Path) -> None:
     save_pretrained(tmp_path / 'b', *from_torch(of_big_vision()), source='somewhere')
     with pytest.raises(ValueError, match='does not say how its training prepared pictures'):
         preprocess([], tmp_path / 'b')
+    with pytest.raises(ValueError, match='at least one'):
+        preprocess([], tmp_path / 'a')
     with pytest.raises(ValueError, match='interpolation one of bicubic, bilinear, area'):
         preprocess([], {'resize': 3, 'crop': 3, 'interpolation': 'best', **HALF})
 

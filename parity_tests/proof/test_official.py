@@ -246,6 +246,19 @@ def test_causes_are_named(slip: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+def test_padding_of_the_stem_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    right: Any = MODELS['deep, stem']
+    tensors = checkpoint(right, random_module(right))
+    ported = convert.from_torch(tensors, **told(right))
+    convolution = jax.lax.conv_general_dilated
+    monkeypatch.setattr(
+        jax.lax, 'conv_general_dilated', lambda x, k, strides, _, **rest: convolution(x, k, strides, 'SAME', **rest)
+    )
+    report = convert.verify(tensors, converted=ported, **told(right), dtype='float64', count=2)
+    assert report.causes == ["patch embedding: matches padded as 'SAME' instead of by 3 on every side"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(('name', 'path', 'words'), [
     ('simple, with pre_logits', ('transformer', 'layers_0_0', 'query', 'kernel'), r'to_qkv\.weight: not the source'),
     ('deep, stem', ('transformer', 'layers_1_0', 'reatten_matrix', 'kernel'), r'reatten_matrix\.weight transposed'),

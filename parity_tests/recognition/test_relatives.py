@@ -219,6 +219,7 @@ B_COS = names(
 OTHER_MODELS = {
     'another DeepViT than those of zhoudaquan/dvit_repo': TIMM
     | names('blocks.#.attn.reatten_matrix.weight', 'blocks.#.attn.var_norm.running_mean'),
+    'the ViT of AlgoPerf': names('conv_patch_extract.weight', 'encoder.encoder_blocks.#.layer_norm1.weight'),
     'another ViT of big_vision or Scenic': names(
         'Transformer.encoderblock_#.MlpBlock_0.Dense_0.kernel', 'MAPHead_0.probe'
     ),

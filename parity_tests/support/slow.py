@@ -8,5 +8,5 @@ import pytest
 
 def slow_but(kept: Any, values: Iterable[Any]) -> list[Any]:
     """The values of a parameter; the tests of all but one are `slow`, or of all but those in a set."""
-    some = kept if isinstance(kept, set) else {kept}
+    some = kept if isinstance(kept, set) else [kept]
     return [pytest.param(value, marks=() if value in some else pytest.mark.slow) for value in values]
