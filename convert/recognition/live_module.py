@@ -143,8 +143,13 @@ def known_fields(module: Any) -> dict[str, Any]:
 
 
 def ported(architectures: Iterable[Architecture]) -> dict[str, Architecture]:
-    """The torch classes that are converted, by their full names."""
-    return {name: architecture for architecture in architectures for name in architecture.torch_classes}
+    """The torch classes that are converted, by their full names; our own references are none."""
+    return {
+        name: architecture
+        for architecture in architectures
+        for name in architecture.torch_classes
+        if not name.startswith('convert.references.')
+    }
 
 
 def architecture_of_module(module: Any) -> Architecture:
