@@ -339,3 +339,10 @@ def test_a_model_of_somebody_else_goes_nowhere() -> None:
     for model in (own, nn.Dense(3)):
         with pytest.raises(ConversionError, match=rf'A {type(model).__name__} is no {model_names()} of flax_vit'):
             convert.to_torch(model, {'params': {}})
+
+
+@pytest.mark.parametrize('pool', ['cls', 'mean'])
+def test_the_class_token_tells_how_todays_vit_pools(pool: str) -> None:
+    module = vit.ViT(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=8, pool=pool)
+    field = convert.inspect(module.state_dict(), heads=2).fields['pool']
+    assert (field.value, field.how) == (pool, 'inferred')

@@ -15,6 +15,7 @@ import flax_vit
 from convert import ConversionError
 from convert.architectures import layouts_of_all, transformers
 from convert.architectures.architecture import Layout
+from parity_tests.golden.make import FOLDER
 from parity_tests.support.reference import perturbed
 from parity_tests.support.slow import slow_but
 from parity_tests.support.small_models import assert_equal, variables_of
@@ -165,3 +166,11 @@ def test_what_part_is() -> None:
         convert.inspect({}, part='head')
     with pytest.raises(ConversionError, match=r'Transformer of the ViT(.|\n)*Give these arguments:(.|\n)*heads=2 if'):
         convert.from_torch(build(CLASSES[0]).state_dict())
+
+
+@pytest.mark.parametrize('name', ['S0-0.40.2', 'V4-0.16.0'])
+def test_one_without_a_final_norm_is_verified(name: str) -> None:
+    """As it was before 1.4.0: the norm was in the head."""
+    told: dict[str, Any] = {'part': 'transformer', 'release': '0.40.2', 'heads': 3}
+    report = convert.verify(FOLDER / f'{name}.pt', **told, dtype='float64', count=2)
+    assert report.right, report.verdict
