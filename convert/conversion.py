@@ -248,7 +248,8 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any], *, layout: str | No
         layout: Asks for an older release's names, by the layout's id ('D1').
 
     Returns:
-        Arrays in PyTorch's shapes, for `load_state_dict` after torch.from_numpy of each.
+        Arrays in PyTorch's shapes, for `load_state_dict` after torch.from_numpy of each; of an OfficialSimpleViT by
+            big_vision's names and in Flax's shapes, for numpy.savez.
 
     Raises:
         ConversionError: When no release computes this, and when the variables are not the model's.

@@ -40,19 +40,18 @@ def preprocess(
     except ImportError as error:
         raise ValueError("Preparing pictures needs Pillow: pip install 'flax-vit[images]'.") from error
     told = source if isinstance(source, Mapping) else kept_in(source)
-    if set(told) != set(KEYS) or told['interpolation'] not in FILTERS:
-        raise ValueError(f'Give {", ".join(KEYS)}, interpolation one of {", ".join(FILTERS)}; not {dict(told)}.')
+    if set(told) != set(KEYS) or told['interpolation'] not in FILTERS or told['crop'] > told['resize']:
+        raise ValueError(
+            f'Give {", ".join(KEYS)}: crop at most resize, interpolation one of {", ".join(FILTERS)}; not {dict(told)}.'
+        )
     if not len(images):
         raise ValueError('Give pictures, at least one.')
     arrays = []
     for image in images:
         picture = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert('RGB')
-        width, height = picture.size
-        scale = told['resize'] / min(width, height)
-        size = (int(width * scale), int(height * scale)) if width != height else (told['resize'],) * 2
-        size = (max(size[0], told['resize']), max(size[1], told['resize']))  # int() may have lost a pixel
-        picture = picture.resize(size, getattr(Image.Resampling, FILTERS[told['interpolation']]))
-        left, top = (round((side - told['crop']) / 2) for side in size)
+        width, height = (told['resize'] * side // min(picture.size) for side in picture.size)
+        picture = picture.resize((width, height), getattr(Image.Resampling, FILTERS[told['interpolation']]))
+        left, top = (round((side - told['crop']) / 2) for side in (width, height))
         picture = picture.crop((left, top, left + told['crop'], top + told['crop']))
         arrays.append(np.asarray(picture, np.float32) / 255)
     mean, std = (np.asarray(told[name], np.float32) for name in ('mean', 'std'))

@@ -36,7 +36,11 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r'net_1/kernel$', PartitionSpec(None, 'model')),
     (r'net_1/bias$', PartitionSpec('model')),
     (r'(net_[34]|mlp_head_4)/kernel$', PartitionSpec('model', None)),
-    (r'(linear|mlp)_head(_1)?/kernel$', PartitionSpec(None, 'model')),
+    (r'((linear|mlp)_head(_1)?|(^|/)head)/kernel$', PartitionSpec(None, 'model')),
+    # an OfficialSimpleViT's, whose heads have an axis: split by heads, nothing is gathered
+    (r'/(query|key|value)/kernel$', PartitionSpec(None, 'model', None)),
+    (r'/(query|key|value)/bias$', PartitionSpec('model', None)),
+    (r'/out/kernel$', PartitionSpec('model', None, None)),
 )
 
 

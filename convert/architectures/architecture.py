@@ -419,6 +419,14 @@ def prepared(model: Any, resize: int, interpolation: str, mean: Any = 0.5, std: 
     return {'resize': resize, 'crop': model.image_size, 'interpolation': interpolation, 'mean': mean, 'std': std}
 
 
+def patch_of_kernel(fields: Mapping[str, Field], sides: tuple[int, int]) -> dict[str, Field]:
+    """patch_size where the first kernel has its sides. Raises ConversionError when it was given as another."""
+    told, given = one_or_pair(sides), fields.get('patch_size')
+    if given and given.value != told:
+        raise ConversionError(f'patch_size={given.value!r} contradicts the weights: it is {told!r} in them.')
+    return {} if given else {'patch_size': Field(told, 'inferred', 'their shapes')}
+
+
 def image_of_patches(
     fields: Mapping[str, Field], patches: int, how: Literal['inferred', 'assumed']
 ) -> dict[str, Field]:

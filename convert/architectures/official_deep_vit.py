@@ -15,11 +15,10 @@ from convert.architectures.architecture import (
     Field,
     Layout,
     image_of_patches,
-    one_or_pair,
+    patch_of_kernel,
     prepared,
 )
 from convert.architectures.way import Mistake, Way, class_token_mistakes
-from convert.errors import ConversionError
 from flax_vit.checks import pair
 from flax_vit.official_deep_vit import BATCH_NORM_EPSILON, STEM, VARIANTS, OfficialDeepViT
 
@@ -114,6 +113,8 @@ class OfficialDeepViTWay(Way):
             yield Mistake(f'with scale_adjustment={adjustment}', {'adjustment': adjustment})
 
     def stem_mistakes(self) -> Iterator[Mistake]:
+        if not self.model.cnn_stem:
+            return
         yield Mistake("padded as 'SAME' instead of by 3 on every side", {'padding': 'SAME'})
         yield Mistake('with the statistics of the batch in BatchNorm (train=True?)', {'statistics_of': 'batch'})
 
@@ -193,14 +194,11 @@ class OfficialDeepViTArchitecture(Architecture):
     way = OfficialDeepViTWay
 
     def variants(self) -> Mapping[str, Mapping[str, Any]]:
-        return {name: self.complete(fields) for name, fields in VARIANTS.items()}
-
-    def complete(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """A variant's fields with those that have their default, but for what it is trained with."""
-        model = OfficialDeepViT(num_classes=1, **fields)
+        told = (*UNTOLD, *self.assumed, 'cnn_stem', 'reattention')  # also where they have their default
+        models = {name: OfficialDeepViT(num_classes=1, **fields) for name, fields in VARIANTS.items()}
         return {
-            **fields,
-            **{name: getattr(model, name) for name in (*UNTOLD, *self.assumed, 'cnn_stem', 'reattention')},
+            name: {**VARIANTS[name], **{field: getattr(model, field) for field in told}}
+            for name, model in models.items()
         }
 
     def quantities(self, model: Any) -> dict[str, int]:
@@ -234,10 +232,7 @@ class OfficialDeepViTArchitecture(Architecture):
             sides = 2 * sizes['half of it'], 2 * sizes['half its width']
         else:
             sides = sizes['patch height'], sizes['patch width']
-        told, patch_size = one_or_pair(sides), fields.get('patch_size')
-        if patch_size and patch_size.value != told:
-            raise ConversionError(f'patch_size={patch_size.value!r} contradicts the weights: it is {told!r} in them.')
-        found = {**fields, 'patch_size': patch_size or Field(told, 'inferred', 'their shapes')}
+        found = {**fields, **patch_of_kernel(fields, sides)}
         known = {name: field.value for name, field in found.items()}
         alike = {
             name: variant

@@ -14,12 +14,11 @@ from convert.architectures.architecture import (
     ComputedTable,
     Field,
     Layout,
-    one_or_pair,
+    patch_of_kernel,
     prepared,
 )
 from convert.architectures.simple_vit import exact_table, table_limit, table_mistakes
 from convert.architectures.way import Mistake, Way
-from convert.errors import ConversionError
 from flax_vit.checks import pair
 from flax_vit.official_simple_vit import EPSILON, OfficialSimpleViT
 
@@ -142,13 +141,10 @@ class OfficialSimpleViTArchitecture(Architecture):
         self, fields: Mapping[str, Field], sizes: Mapping[str, int], defaults: Mapping[str, Any]
     ) -> dict[str, Field]:
         """The weights tell all but the image size, on which nothing hangs: positions are computed for any."""
-        told = one_or_pair((sizes['patch height'], sizes['patch width']))
-        patch_size = fields.get('patch_size')
-        if patch_size and patch_size.value != told:
-            raise ConversionError(f'patch_size={patch_size.value!r} contradicts the weights: it is {told!r} in them.')
-        found = {**fields, 'patch_size': patch_size or Field(told, 'inferred', 'their shapes')}
+        sides = sizes['patch height'], sizes['patch width']
+        found = {**fields, **patch_of_kernel(fields, sides)}
         if 'image_size' not in fields:
-            fits = all(PUBLISHED % side == 0 for side in pair(told))
+            fits = all(PUBLISHED % side == 0 for side in sides)
             why = 'the model takes images of any size; the published ones were trained with this'
             found['image_size'] = Field(PUBLISHED, 'inferred', why) if fits else Field(None, 'unknown', 'give any')
         return found

@@ -123,7 +123,7 @@ class Way:
         yield from ()
 
     def stem_mistakes(self) -> Iterator['Mistake']:
-        """What may be done by mistake before there are tokens, where images are not cut into patches at first."""
+        """What may be done by mistake in a stem that does not cut images into patches at first."""
         yield from ()
 
     def compute(self, part: str, inputs: Sequence[np.ndarray]) -> np.ndarray:

@@ -174,9 +174,10 @@ def verify_command(context: click.RichContext, /, **arguments: Any) -> int:
 )
 @click.option('--overwrite', is_flag=True, help='Replace CHECKPOINT if it exists.')
 def export_command(**arguments: Any) -> None:
-    """Write the parameters in the folder OUT back to a PyTorch CHECKPOINT, .safetensors or .pt.
+    """Write the parameters in the folder OUT back to a CHECKPOINT, .safetensors or .pt; of an OfficialSimpleViT .npz.
 
-    The names are vit-pytorch's, so that load_state_dict takes it as it is. A .pt needs torch.
+    The names are those of where they come from, vit-pytorch's for its models: load_state_dict takes it as it is. A .pt
+    needs torch.
     """
     from convert.command_line import commands
 

@@ -81,6 +81,11 @@ def show_report(report: Report) -> None:
     out.print(verdict(report.right, report.verdict))
     for cause in report.causes:
         out.print(escape(f'  {cause}'))
+    source = report.inspection.layout.source
+    if source != 'vit-pytorch':
+        out.print(
+            f'The PyTorch module is our own, of what {source} computes: docs/pretrained.md says how it is held to that.'
+        )
     out.print(f'[dim]A port is {report.criterion}[/]')
 
 

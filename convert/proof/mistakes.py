@@ -29,10 +29,8 @@ def mistakes(way: Way, part: str, tokens: int) -> Iterator[Mistake]:
     tensors = {name: tensor for name, tensor in way.tensors.items() if name.startswith(way.owned(way.model, part))}
     yield from _mistakes_of_norms(tensors, part, way)
     yield from _mistakes_of_tensors(tensors, part)
-    if part == 'to_patch_embedding.8':
-        yield from way.stem_mistakes()
-    elif part.startswith('to_patch_embedding'):
-        yield from _mistakes_of_patches(way, tensors)
+    if part.startswith('to_patch_embedding'):
+        yield from list(way.stem_mistakes()) or _mistakes_of_patches(way, tensors)
     elif part == 'to_latent':
         yield from _mistakes_of_pooling(way)
     elif part.endswith('.0') and f'{part}.to_qkv.weight' in tensors:

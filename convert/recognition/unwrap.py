@@ -99,11 +99,12 @@ def unwrap(
     no layout explains.
     """
     leaves = list(walk(tree))
-    if any('encoderblock' in leaf.name for leaf in leaves):
+    all_layouts = layouts_of_all(part, release)
+    marked = {mark for mark in {layout.mark for layout in all_layouts} if any(mark in leaf.name for leaf in leaves)}
+    layouts = tuple(layout for layout in all_layouts if layout.mark in marked)
+    if any(layout.flax for layout in layouts):
         leaves = list(of_flax(leaves))
-    layouts = layouts_of_all(part, release)
-    marked = {mark for mark in {layout.mark for layout in layouts} if any(mark in leaf.name for leaf in leaves)}
-    found = candidates(leaves, key, tuple(layout for layout in layouts if layout.mark in marked), head=head)
+    found = candidates(leaves, key, layouts, head=head)
     if key is not None:
         chosen = [candidate for candidate in found if _is_at(candidate.place, key)]
         chosen = [candidate for candidate in chosen if candidate.place.key == key] or chosen

@@ -57,6 +57,8 @@ def test_a_folder_says_how(tmp_path: Path) -> None:
         preprocess([], tmp_path / 'a')
     with pytest.raises(ValueError, match='interpolation one of bicubic, bilinear, area'):
         preprocess([], {'resize': 3, 'crop': 3, 'interpolation': 'best', **HALF})
+    with pytest.raises(ValueError, match='crop at most resize'):
+        preprocess([], {'resize': 3, 'crop': 4, 'interpolation': 'area', **HALF})
 
 
 def test_what_is_known_of_the_published_models() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 import convert
 import flax_vit.official_simple_vit
@@ -298,8 +299,12 @@ def test_they_are_at_home_in_flax_vit(name: str, tmp_path: Any) -> None:
     module = to_nnx(model, variables)
     np.testing.assert_allclose(module(images), logits, rtol=1e-5, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, from_nnx(module), variables)
-    specs = {str(sharding.spec) for sharding in jax.tree.leaves(shardings(variables, mesh))}
-    assert any('model' in spec for spec in specs)
+    split = {'/'.join(path): each.spec for path, each in flatten_dict(shardings(variables, mesh)).items()}
+    assert split['params/head/kernel'] == jax.P(None, 'model')
+    if name != 'deep, stem':
+        assert split['params/transformer/layers_0_0/query/kernel'] == jax.P(None, 'model', None)
+        assert split['params/transformer/layers_0_0/query/bias'] == jax.P('model', None)
+        assert split['params/transformer/layers_0_0/out/kernel'] == jax.P('model', None, None)
     if name == 'deep, stem':
         module.train()
         module(images)
