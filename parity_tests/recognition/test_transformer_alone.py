@@ -1,6 +1,7 @@
 """The Transformer alone: found under any beginning, in models that are otherwise unknown, converted and proven."""
 
 import pathlib
+import re
 from importlib import import_module
 from typing import Any
 
@@ -78,8 +79,12 @@ def test_a_live_model_tells_the_heads(name: str) -> None:
     assert (port.heads, port.dim_head) == (2, 5)
     assert difference(module, port, variables, tokens()) < 1e-12
     two = torch.nn.ModuleList([build(name), build(name)])
-    with pytest.raises(ConversionError, match=r"It holds 2, .*module.get_submodule\('0'\)"):
+    with pytest.raises(ConversionError, match=r"It holds 2, .*module.get_submodule\('0'\)") as refused:
         convert.from_torch(two, part='transformer')
+    calls = re.findall(r"module\.get_submodule\('\d'\)", str(refused.value))
+    for call, own in zip(calls, two, strict=True):
+        again, kept = convert.from_torch(eval(call, {'module': two}))
+        assert difference(own, again, kept, tokens()) < 1e-12
 
 
 @pytest.mark.parametrize('name', slow_but(CLASSES[0], CLASSES))

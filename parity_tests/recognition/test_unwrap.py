@@ -244,6 +244,13 @@ def test_tensors_without_plain_numbers_are_named(kind: str, change: Any, tmp_pat
     if kind != 'meta':
         plain = eval(in_file.split('\n')[1], {'state_dict': state_dict})
         assert inspect(plain).parameters == inspect(truth).parameters
+    else:
+        call = re.search(r'load_state_dict\(.*?\)', in_file)
+        assert call
+        with torch.device('meta'):
+            empty = module()
+        eval(f'empty.{call[0]}', {'empty': empty, 'state_dict': truth})
+        assert_same(inspect(empty.state_dict()).tensors, truth)
 
 
 def test_a_file_inside_of_a_file_and_a_module_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
