@@ -12,6 +12,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -146,10 +148,8 @@ def precision(case: Case) -> str | None:
 
 
 def flax_program(case: Case) -> tuple[Callable[..., Any], list[Any]]:
-    """The case in Flax, to be jitted, and what to call it with; of a training step, its results are the next one's."""
+    """The case in Flax, to be jitted, and what to call it with."""
     import jax
-    import jax.numpy as jnp
-    import optax
 
     import flax_vit
 
@@ -158,14 +158,25 @@ def flax_program(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     )
     side = SIZES[case.size]['image_size']
     images = jax.random.normal(jax.random.key(0), (case.batch, side, side, 3), case.dtype)
-    labels = jnp.zeros(case.batch, int)
-    variables = jax.jit(model.init)(jax.random.key(1), images)
+    apply = partial(model.apply, train=True) if case.training else model.apply
+    return jax_program(case, apply, jax.jit(model.init)(jax.random.key(1), images), images)
+
+
+def jax_program(
+    case: Case, apply: Callable[..., Any], variables: Any, images: Any
+) -> tuple[Callable[..., Any], list[Any]]:
+    """The case with any model that JAX can run; of a training step, its results are the next one's arguments."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
     if not case.training:
-        return model.apply, [variables, images]
+        return apply, [variables, images]
+    labels = jnp.zeros(case.batch, int)
     optimizer = optax.adamw(1e-4)
 
     def loss(variables: Any, images: jax.Array) -> jax.Array:
-        logits: Any = model.apply(variables, images, train=True)
+        logits = apply(variables, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def step(variables: Any, moments: Any, images: jax.Array) -> Any:
@@ -177,9 +188,13 @@ def flax_program(case: Case) -> tuple[Callable[..., Any], list[Any]]:
 
 def flax(case: Case) -> Callable[[], None]:
     """The port, under `jax.jit`."""
+    return jitted(case, *flax_program(case))
+
+
+def jitted(case: Case, function: Callable[..., Any], arguments: list[Any]) -> Callable[[], None]:
+    """What JAX runs, compiled."""
     import jax
 
-    function, arguments = flax_program(case)
     jax.block_until_ready(arguments)  # what makes them takes memory, too
     step = jax.jit(function, donate_argnums=(0, 1) if case.training else ())
 
@@ -189,6 +204,16 @@ def flax(case: Case) -> Callable[[], None]:
             arguments[:2] = results
 
     return call
+
+
+def torchax(case: Case) -> Callable[[], None]:
+    """vit-pytorch's own module, run in JAX by the bridge torchax."""
+    import torchax as bridge
+
+    module, images = torch_module(case)
+    states, function = bridge.extract_jax(module.train(case.training))
+    pixels = bridge.default_env().t2j_copy(images)
+    return jitted(case, *jax_program(case, lambda states, images: function(states, (images,)), states, pixels))
 
 
 # Of the square matrices that the ceiling is measured with: a GPU does small ones before the next is asked for.
@@ -226,6 +251,9 @@ WAYS: dict[str, Callable[[Case], Callable[[], None]]] = {
     'fused attention': fused,
     'Flax': flax,
 }
+# It does not install beside today's PyTorch: docs/bridge.md has the environment.
+if find_spec('torchax'):
+    WAYS['torchax'] = torchax
 PRODUCTS = {'product, PyTorch': torch_product, 'product, JAX': jax_product}
 
 
