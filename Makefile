@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
-.PHONY: demo lint test fast-test lowest-test bench plans examples format clean
+.PHONY: demo lint test fast-test lowest-test bench plans examples release-check format clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/flax-vit demo
@@ -52,6 +52,10 @@ examples: $(VENV)/examples.installed
 	mkdir -p build
 	$(BIN)/python examples/finetune/finetune.py build/finetune --start converted --start scratch
 	$(BIN)/python examples/attention_collapse/collapse.py build/collapse
+
+# All of a release but the upload, in two fresh environments with PyTorch. TAG=v0.2.0: what is to be released.
+release-check: $(VENV)/test.installed
+	$(BIN)/python -m parity_tests.project.release_check $(TAG)
 
 format: $(VENV)/test.installed
 	$(BIN)/ruff check --fix .

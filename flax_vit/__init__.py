@@ -77,4 +77,4 @@ __all__ = [
     'unstack_layers',
     'verify',
 ]
-__version__ = '0.1.0'
+__version__ = '0.2.0.dev0'

@@ -10,11 +10,13 @@ import flax_vit
 from convert.architectures import architecture_of
 from flax_vit.architectures import sizes_by_name
 from flax_vit.parameters import variable_shapes
+from parity_tests.support.pages import ROOT
 
 
 def parameters(model: Any) -> int:
-    """How many numbers; one block is traced for all."""
-    return sum(math.prod(shape.shape) for shape in variable_shapes(model.clone(scan_layers=True)).values())
+    """How many numbers; where it can be, one block is traced for all."""
+    one = model.clone(scan_layers=True) if hasattr(model, 'scan_layers') else model
+    return sum(math.prod(shape.shape) for path, shape in variable_shapes(one).items() if path[0] == 'params')
 
 
 @pytest.mark.slow
@@ -33,6 +35,26 @@ def test_known_counts() -> None:
     """In millions, without the biases of to_qkv, which vit-pytorch has not."""
     for size, millions in {'ti16': 5.7, 's16': 22.0, 'b16': 86.5, 'l16': 304.3}.items():
         assert round(parameters(flax_vit.named(f'deep_vit_{size}')) / 1e6, 1) == millions
+
+
+@pytest.mark.slow
+def test_the_page_has_every_size() -> None:
+    """docs/sizes.md: the fields and, in millions, the counts."""
+    lines = (ROOT / 'docs/sizes.md').read_text(encoding='utf-8').splitlines()
+    rows = [[cell.strip().strip('`') for cell in line.strip('|').split('|')] for line in lines if line[:3] == '| `']
+    fields = ('image_size', 'patch_size', 'dim', 'depth', 'heads', 'mlp_dim')
+    found = {}
+    for name, *cells in rows:
+        models = [f'{model}_{name}' for model in ('vit', 'simple_vit', 'deep_vit')] if cells[0].isdigit() else [name]
+        for model, count in zip(models, cells[-len(models) :], strict=True):
+            found[model] = [*cells[-len(models) - len(fields) : -len(models)], count]
+    assert found == {
+        name: [
+            *(str(getattr(flax_vit.named(name), field)) for field in fields),
+            f'{parameters(flax_vit.named(name)) / 1e6:.1f} M',
+        ]
+        for name in sizes_by_name()
+    }
 
 
 def test_other_fields() -> None:

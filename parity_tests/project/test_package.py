@@ -1,11 +1,14 @@
 """The wheel, alone in a fresh environment that has no torch."""
 
 import pathlib
+import re
 import subprocess
 import sys
 import zipfile
 
 import pytest
+
+from parity_tests.project.release_check import check_metadata, check_tag, metadata_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -30,6 +33,44 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: pathlib.Path) -> 
         'convert/digits/vit.pt',
         'convert/proof/report.html.j2',
     } <= set(names)
+
+
+@pytest.mark.slow
+def test_the_package_page_leads_somewhere(wheel: pathlib.Path) -> None:
+    metadata = metadata_of(wheel)
+    check_metadata(metadata, repository='flax-vit/flax_vit')
+    with pytest.raises(
+        SystemExit, match=r'This is someone/fork, but .project\.urls. .* says https://github\.com/flax-vit'
+    ):
+        check_metadata(metadata, repository='someone/fork')
+    page = str(metadata.get_payload())
+    repository = 'https://github.com/flax-vit/flax_vit/blob/main'
+    for link in re.findall(rf'\]\({repository}/(.*?)(?:#.*?)?\)', page):
+        assert (ROOT / link).exists(), link
+    assert '](https://raw.githubusercontent.com/flax-vit/flax_vit/main/docs/figures/depth.svg)' in page
+    metadata.set_payload('[there](docs/proof.md)')
+    with pytest.raises(SystemExit, match=r'lead nowhere: \]\(docs/proof\.md\)\.'):
+        check_metadata(metadata, repository=None)
+
+
+def test_a_tag_is_the_versions_and_dated() -> None:
+    check_tag('v1.2.0', '1.2.0', '## [Unreleased]\n\n## [1.2.0] - 2026-12-01\n')
+    with pytest.raises(SystemExit, match=r'The tag v1\.3\.0 is not v1\.2\.0'):
+        check_tag('v1.3.0', '1.2.0', '## [1.2.0] - 2026-12-01\n')
+    with pytest.raises(SystemExit, match=r'CHANGELOG\.md has no line "## \[1\.2\.0\] - <date>"'):
+        check_tag('v1.2.0', '1.2.0', '## [Unreleased]\n')
+
+
+def test_actions_are_pinned() -> None:
+    """By commits, which nobody can move."""
+    used = [
+        line.split('uses: ')[1]
+        for workflow in (ROOT / '.github' / 'workflows').glob('*.yml')
+        for line in workflow.read_text().splitlines()
+        if 'uses: ' in line
+    ]
+    assert len(used) > 8
+    assert [action for action in used if not re.fullmatch(r'[\w/-]+@[0-9a-f]{40} # v[\d.]+', action)] == []
 
 
 @pytest.mark.slow
