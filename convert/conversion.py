@@ -40,11 +40,11 @@ OWN = re.compile(r'params/(transformer|to_patch_embedding_\d)/')
 class Inspection:
     """What a source is, before anything is converted."""
 
-    source: str
-    format: str
-    files: tuple[Path, ...]
-    unwrapped: Unwrapped
-    fields: Mapping[str, Field]
+    source: str  # a file's name, an address, the torch class of a live module
+    format: str  # of the file, in words
+    files: tuple[Path, ...]  # those that were read
+    unwrapped: Unwrapped  # the tensors as they were found: under which address, and what was left aside
+    fields: Mapping[str, Field]  # of the model, by name: the `value`, `how` it is known, and `why`
 
     @property
     def layout(self) -> Layout:
@@ -69,10 +69,12 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
+        """How many numbers the tensors have together."""
         return sum(tensor.size for tensor in self.tensors.values())
 
     @property
     def dtypes(self) -> list[str]:
+        """Those of the tensors, by name."""
         return sorted({str(tensor.dtype) for tensor in self.tensors.values()})
 
     @property
@@ -90,7 +92,11 @@ class Inspection:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The Flax model. Raises ConversionError naming every argument that is needed and not known."""
+        """The Flax model.
+
+        Raises:
+            ConversionError: When a field is known from nowhere, naming every argument that is needed.
+        """
         unknown = [
             f'  {name}: {field.why}' for name, field in self.fields.items() if field.how == 'unknown' and field.why
         ]

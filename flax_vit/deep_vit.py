@@ -143,7 +143,9 @@ class DeepViT(Layer):
     """A vision transformer with re-attention, learned positions, a class token and dropout.
 
     The arguments are vit-pytorch's, with its defaults; `dtype`, `param_dtype` and `precision` are linen's.
-    Raises ValueError when the fields make no model, and when the images it is called with don't fit.
+
+    Raises:
+        ValueError: When the fields make no model.
     """
 
     HEAD: ClassVar[str] = 'mlp_head'
@@ -154,17 +156,17 @@ class DeepViT(Layer):
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ('dim_head', 'pool')  # fields that make other functions of them
 
     image_size: int  # pixels of a side; smaller images, also oblong ones, use the first positions
-    patch_size: int
+    patch_size: int  # pixels, likewise; it divides image_size
     num_classes: int  # 0: no head, the result is the pooled features (batch, dim)
-    dim: int
-    depth: int
-    heads: int
-    mlp_dim: int
+    dim: int  # width of a token
+    depth: int  # how many blocks, each of an attention and a feed-forward
+    heads: int  # how many each attention has
+    mlp_dim: int  # width of the hidden layer of a feed-forward
     pool: str = 'cls'  # 'cls': the class token; 'mean': the mean of all tokens, the class token's too
-    channels: int = 3
-    dim_head: int = 64
-    dropout: float = 0.0
-    emb_dropout: float = 0.0
+    channels: int = 3  # how many an image has
+    dim_head: int = 64  # width of a query, key or value
+    dropout: float = 0.0  # the share that drops out in training: of attention maps, in feed-forwards, before sums
+    emb_dropout: float = 0.0  # likewise, of the tokens before the first block
     patch_norm: bool = True  # LayerNorms round the patch projection; vit-pytorch before 1.0.0 had none
     image_format: str | None = None  # 'channels_first' or 'channels_last'; None: what fits, the latter where both do
     query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
@@ -201,9 +203,17 @@ class DeepViT(Layer):
     def __call__(
         self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
     ) -> Float[Array, 'batch outputs']:
-        """Logits (batch, num_classes) of images (batch, height, width, channels) or (batch, channels, height, width).
+        """Logits of images.
 
-        With `train`, the dropout needs `rngs={'dropout': key}`.
+        Args:
+            images: Floating-point numbers (batch, height, width, channels) or (batch, channels, height, width).
+            train: Whether dropout acts, which takes its random numbers from `rngs={'dropout': key}` of `apply`.
+
+        Returns:
+            (batch, num_classes), or without a head what it would get.
+
+        Raises:
+            ValueError: When the images don't fit the model.
         """
         x = sequential(self.to_patch_embedding, images, train=train)
         x = x.astype(nn.dtypes.canonicalize_dtype(x, self.cls_token, self.pos_embedding, dtype=self.dtype))

@@ -27,7 +27,7 @@ class Layer(nn.Module, kw_only=True):
     """A linen module that hands its fields on to what it is made of."""
 
     dtype: Dtype | None = None  # of the computation; None: what inputs and parameters promote to
-    param_dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32  # of the parameters that `init` makes
     precision: PrecisionLike = None  # of matrix products; on GPU and TPU only 'highest' is really float32
 
     def __post_init__(self) -> None:

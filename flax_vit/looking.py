@@ -24,7 +24,7 @@ class Features(NamedTuple):
     In ViT, where it has one, and in DeepViT the first of the tokens, of the queries and of the keys is the class token.
     """
 
-    logits: Float[Array, 'batch outputs']
+    logits: Float[Array, 'batch outputs']  # what the model gives
     pooled: Float[Array, 'batch dim']  # what the head gets
     embedding: Float[Array, 'batch tokens dim'] | None  # what the first block gets; None without `tokens`
     tokens: dict[int, Float[Array, 'batch tokens dim']]  # after the block

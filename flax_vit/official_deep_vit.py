@@ -254,8 +254,10 @@ class OfficialDeepViT(layers.Layer):
     """The paper's own DeepViT, by the names of vit-pytorch's arguments where it has them.
 
     Its variables have running statistics beside the parameters, {'params': …, 'batch_stats': …}; training with
-    `train=True` moves them, `mutable=['batch_stats']`. Raises ValueError when the fields make no model, and when the
-    images it is called with don't fit.
+    `train=True` moves them, `mutable=['batch_stats']`.
+
+    Raises:
+        ValueError: When the fields make no model.
     """
 
     ORIGIN: ClassVar[str] = 'dvit_repo'  # whose code computes it; else it is vit-pytorch's
@@ -269,22 +271,22 @@ class OfficialDeepViT(layers.Layer):
     patch_norm: ClassVar[bool] = False
 
     image_size: int | tuple[int, int]  # pixels; (height, width) when not square
-    patch_size: int | tuple[int, int]
+    patch_size: int | tuple[int, int]  # pixels, likewise; it divides image_size
     num_classes: int  # 0: no head, the result is the normed class token (batch, dim)
-    dim: int  # a multiple of heads
-    depth: int
-    heads: int
-    mlp_dim: int
-    channels: int = 3
+    dim: int  # width of a token; a multiple of heads
+    depth: int  # how many blocks, each of an attention and a feed-forward
+    heads: int  # how many each attention has
+    mlp_dim: int  # width of the hidden layer of a feed-forward
+    channels: int = 3  # how many an image has
     cnn_stem: bool = False  # three convolutions, with BatchNorm, before the tokens; else one
     reattention: tuple[int, ...] | None = None  # the numbers of the blocks that have it; None: all
     transform_scale: bool = False  # the re-attended maps are scaled as queries x keys are
     scale_adjustment: float = 1.0  # of what a block's branches get; what they give is divided by it
-    qk_scale: float | None = None  # of queries x keys; None: (dim / heads)**-0.5
-    qkv_bias: bool = True
-    layer_norm_epsilon: float = 1e-6
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
+    qk_scale: float | None = None  # of queries x keys; None: `(dim / heads)**-0.5`
+    qkv_bias: bool = True  # whether queries, keys and values have one
+    layer_norm_epsilon: float = 1e-6  # of every LayerNorm, added to the variance
+    dropout: float = 0.0  # the share that drops out in training: of the first tokens, in feed-forwards, before sums
+    attention_dropout: float = 0.0  # likewise, of the attention maps
     drop_path: float = 0.0  # stochastic depth of the last block, from 0 in the first
     image_format: str | None = None  # 'channels_first' or 'channels_last'; None: what fits, the latter where both do
     remat: bool = False  # the backward pass computes each layer's inside anew, instead of keeping it
@@ -356,9 +358,18 @@ class OfficialDeepViT(layers.Layer):
     def __call__(
         self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
     ) -> Float[Array, 'batch outputs']:
-        """Logits (batch, num_classes) of images (batch, height, width, channels) or (batch, channels, height, width).
+        """Logits of images.
 
-        With `train`, statistics are the batch's, and what drops out needs `rngs={'dropout': key}`.
+        Args:
+            images: Floating-point numbers (batch, height, width, channels) or (batch, channels, height, width).
+            train: Whether statistics are the batch's, and dropout acts, which takes its random numbers from
+                `rngs={'dropout': key}` of `apply`.
+
+        Returns:
+            (batch, num_classes), or without a head what it would get.
+
+        Raises:
+            ValueError: When the images don't fit the model.
         """
         x: Any = images
         for layer in self.to_patch_embedding:

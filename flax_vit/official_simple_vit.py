@@ -143,7 +143,8 @@ class Transformer(Layer, layers.Transformer):
 class OfficialSimpleViT(Layer):
     """The paper's own Simple ViT, big_vision's ViT with posemb='sincos2d' and pool_type='gap'; it has no dropout.
 
-    Raises ValueError when the fields make no model, and when the images it is called with don't fit.
+    Raises:
+        ValueError: When the fields make no model.
     """
 
     ORIGIN: ClassVar[str] = 'big_vision'  # whose code computes it; else it is vit-pytorch's
@@ -158,13 +159,13 @@ class OfficialSimpleViT(Layer):
     patch_norm: ClassVar[bool] = False
 
     image_size: int | tuple[int, int]  # pixels; (height, width) when not square. Images of other sizes are taken, too
-    patch_size: int | tuple[int, int]
+    patch_size: int | tuple[int, int]  # pixels, likewise; it divides image_size
     num_classes: int  # 0: no head, the result is what it would get
-    dim: int  # a multiple of 4 and of heads
-    depth: int
-    heads: int
-    mlp_dim: int
-    channels: int = 3
+    dim: int  # width of a token; a multiple of 4 and of heads
+    depth: int  # how many blocks, each of an attention and a feed-forward
+    heads: int  # how many each attention has
+    mlp_dim: int  # width of the hidden layer of a feed-forward
+    channels: int = 3  # how many an image has
     rep_size: int = 0  # of the hidden layer before the head, 'pre_logits'; 0: none
     image_format: str | None = None  # 'channels_first' or 'channels_last'; None: what fits, the latter where both do
     query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
@@ -221,9 +222,17 @@ class OfficialSimpleViT(Layer):
     def __call__(
         self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
     ) -> Float[Array, 'batch outputs']:
-        """Logits (batch, num_classes) of images (batch, height, width, channels) or (batch, channels, height, width).
+        """Logits of images.
 
-        `train` is there for the other models' sake: this one computes the same in training.
+        Args:
+            images: Floating-point numbers (batch, height, width, channels) or (batch, channels, height, width).
+            train: For the other models' sake: this one computes the same in training.
+
+        Returns:
+            (batch, num_classes), or without a head what it would get.
+
+        Raises:
+            ValueError: When the images don't fit the model.
         """
         cut, projection = self.to_patch_embedding
         grid = cut(images)

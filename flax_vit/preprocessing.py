@@ -28,12 +28,12 @@ def preprocess(
             {'resize': 256, 'crop': 224, 'interpolation': 'bicubic', 'mean': [...], 'std': [...]}.
 
     Returns:
-        What the model takes.
+        What the model takes, float32 (batch, crop, crop, 3).
 
     Raises:
         ValueError: When the folder says nothing of it, as vit-pytorch's own checkpoints don't; without pictures, and
             without Pillow.
-        FileNotFoundError: When there is no such folder.
+        FileNotFoundError: When there is no such folder, here or on the hub.
     """
     try:
         from PIL import Image

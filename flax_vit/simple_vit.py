@@ -98,7 +98,9 @@ class SimpleViT(Layer):
     """A vision transformer with a fixed sincos position table, mean pooling and a linear head; it has no dropout.
 
     The arguments are vit-pytorch's, with its defaults; `dtype`, `param_dtype` and `precision` are linen's.
-    Raises ValueError when the fields make no model, and when the images it is called with don't fit.
+
+    Raises:
+        ValueError: When the fields make no model.
     """
 
     HEAD: ClassVar[str] = 'linear_head'
@@ -108,14 +110,14 @@ class SimpleViT(Layer):
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head')  # fields that make other functions of them
 
     image_size: int | tuple[int, int]  # pixels; (height, width) when not square
-    patch_size: int | tuple[int, int]
+    patch_size: int | tuple[int, int]  # pixels, likewise; it divides image_size
     num_classes: int  # 0: no head, the result is the pooled features (batch, dim)
-    dim: int  # a multiple of 4
-    depth: int
-    heads: int
-    mlp_dim: int
-    channels: int = 3
-    dim_head: int = 64
+    dim: int  # width of a token; a multiple of 4
+    depth: int  # how many blocks, each of an attention and a feed-forward
+    heads: int  # how many each attention has
+    mlp_dim: int  # width of the hidden layer of a feed-forward
+    channels: int = 3  # how many an image has
+    dim_head: int = 64  # width of a query, key or value
     patch_norm: bool = True  # LayerNorms round the patch projection; vit-pytorch before 1.0.0 had none
     norm_after_mean: bool = False  # vit-pytorch before 1.4.0: mean over tokens first, then a LayerNorm in the head
     image_format: str | None = None  # 'channels_first' or 'channels_last'; None: what fits, the latter where both do
@@ -163,9 +165,17 @@ class SimpleViT(Layer):
     def __call__(
         self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
     ) -> Float[Array, 'batch outputs']:
-        """Logits (batch, num_classes) of images (batch, height, width, channels) or (batch, channels, height, width).
+        """Logits of images.
 
-        `train` is there for ViT's and DeepViT's sake: SimpleViT computes the same in training.
+        Args:
+            images: Floating-point numbers (batch, height, width, channels) or (batch, channels, height, width).
+            train: For ViT's and DeepViT's sake: SimpleViT computes the same in training.
+
+        Returns:
+            (batch, num_classes), or without a head what it would get.
+
+        Raises:
+            ValueError: When the images don't fit the model.
         """
         x = sequential(self.to_patch_embedding, images, train=train)
         x = x + self.pos_embedding()[None].astype(x.dtype)

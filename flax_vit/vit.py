@@ -119,7 +119,10 @@ class ViT(Layer):
     """A vision transformer with learned positions, a class token and dropout: vit-pytorch's `ViT` of any release.
 
     The arguments are vit-pytorch's, with its defaults; `dtype`, `param_dtype` and `precision` are linen's.
-    Raises ValueError when the fields make no model, and when the images it is called with don't fit.
+    Those from `patch_norm` to `hidden_head` are what its releases computed differently; None is what today's does.
+
+    Raises:
+        ValueError: When the fields make no model.
     """
 
     HEAD: ClassVar[str] = 'mlp_head'
@@ -130,23 +133,23 @@ class ViT(Layer):
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head', 'pool', 'scale_by_dim')
 
     image_size: int | tuple[int, int]  # pixels, (height, width) when not square; smaller images use the first positions
-    patch_size: int | tuple[int, int]
+    patch_size: int | tuple[int, int]  # pixels, likewise; it divides image_size
     num_classes: int  # 0: no head, the result is the pooled features (batch, dim)
-    dim: int
-    depth: int
-    heads: int
-    mlp_dim: int
+    dim: int  # width of a token
+    depth: int  # how many blocks, each of an attention and a feed-forward
+    heads: int  # how many each attention has
+    mlp_dim: int  # width of the hidden layer of a feed-forward
     pool: str = 'cls'  # 'cls': the class token; 'mean': the mean of all tokens
-    channels: int = 3
-    dim_head: int = 64
-    dropout: float = 0.0
-    emb_dropout: float = 0.0
+    channels: int = 3  # how many an image has
+    dim_head: int = 64  # width of a query, key or value
+    dropout: float = 0.0  # the share that drops out in training: of attention maps, in feed-forwards, before sums
+    emb_dropout: float = 0.0  # likewise, of the tokens before the first block
     # What releases of vit-pytorch computed differently. None: as today's does.
     patch_norm: bool = True  # LayerNorms round the patch projection; before 1.0.0 none
     norm_after_mean: bool = False  # before 1.4.0: pooled first, then a LayerNorm in the head; all the same to 'cls'
     class_token: bool | None = None  # None: with pool 'cls' alone; before 1.16.0 always, and in the mean
     project_out: bool | None = None  # None: unless one head has the full width, dim; before 0.7.4 always
-    scale_by_dim: bool = False  # before 0.6.7: the attention's scale was dim**-0.5, not dim_head**-0.5
+    scale_by_dim: bool = False  # before 0.6.7: the attention's scale was `dim**-0.5`, not `dim_head**-0.5`
     hidden_head: bool = False  # before 0.3.0: a hidden layer of mlp_dim in the head
     image_format: str | None = None  # 'channels_first' or 'channels_last'; None: what fits, the latter where both do
     query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
@@ -195,9 +198,17 @@ class ViT(Layer):
     def __call__(
         self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
     ) -> Float[Array, 'batch outputs']:
-        """Logits (batch, num_classes) of images (batch, height, width, channels) or (batch, channels, height, width).
+        """Logits of images.
 
-        With `train`, the dropout needs `rngs={'dropout': key}`.
+        Args:
+            images: Floating-point numbers (batch, height, width, channels) or (batch, channels, height, width).
+            train: Whether dropout acts, which takes its random numbers from `rngs={'dropout': key}` of `apply`.
+
+        Returns:
+            (batch, num_classes), or without a head what it would get.
+
+        Raises:
+            ValueError: When the images don't fit the model.
         """
         x = sequential(self.to_patch_embedding, images, train=train)
         parameters = [self.cls_token, self.pos_embedding] if self.class_token else [self.pos_embedding]

@@ -29,7 +29,7 @@ class Field:
     """The value of a model's field and how it came about."""
 
     value: Any  # None when unknown
-    how: Literal['given', 'read', 'inferred', 'assumed', 'unknown']
+    how: Literal['given', 'read', 'inferred', 'assumed', 'unknown']  # by the caller, beside the weights, from them, …
     why: str = ''  # empty where an unknown follows from another
 
 

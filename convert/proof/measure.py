@@ -45,7 +45,7 @@ class Row:
     """How far one part of the port is from PyTorch. Errors are relative."""
 
     name: str  # PyTorch's: 'transformer.layers.3.0'; '' for the whole; a parameter's for its gradient
-    label: str
+    label: str  # in words
     exact: float  # the largest difference of the two in float64; of several runs the smallest
     worst: tuple[int, ...]  # where that is
     port: float  # root mean square error in the compared dtype against PyTorch in float64; of several runs the smallest
@@ -74,6 +74,7 @@ class Row:
 
     @property
     def same_function(self) -> bool:
+        """Whether both agree in float64."""
         return self.exact <= self.exact_limit
 
     @property
@@ -83,6 +84,7 @@ class Row:
 
     @property
     def right(self) -> bool:
+        """Whether it is the same function, computed no coarser than PyTorch does."""
         return self.same_function and self.explained
 
     @property

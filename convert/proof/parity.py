@@ -31,10 +31,10 @@ class Report:
     """What was compared, and whether the port is right."""
 
     inspection: Inspection  # a field that nobody gave and the weights don't tell is 'assumed'
-    dtype: str
-    images: int
-    rows: list[Row]
-    gradients: list[Row]
+    dtype: str  # what was compared beside float64
+    images: int  # how many
+    rows: list[Row]  # of the outputs of each part, in the order they are computed; the last is the whole model's
+    gradients: list[Row]  # of each parameter, when asked for
     table: ComputedTable | None  # of positions that are no parameters
     predictions: np.ndarray  # the port's classes, in the compared dtype
     agreement: float  # the share of images for which PyTorch predicts the same
@@ -64,10 +64,12 @@ class Report:
 
     @property
     def table_right(self) -> bool:
+        """Whether positions that are no parameters are PyTorch's."""
         return self.table is None or self.table.right
 
     @property
     def right(self) -> bool:
+        """Whether the port is, in all that was compared."""
         return self.table_right and all(row.right for row in self.rows + self.gradients)
 
     @property
@@ -144,6 +146,7 @@ def verify(
 
     Raises:
         ConversionError: When torch or vit-pytorch is missing, or `converted` does not fit the source.
+        OSError: When the source cannot be read; FileNotFoundError when it is not there.
         ValueError: For images that don't fit, or another dtype.
     """
     dtype = floating_dtype('dtype', dtype).name

@@ -63,6 +63,8 @@ def push_to_hub(
         The commit's address.
 
     Raises:
+        FileNotFoundError: When there is no such folder.
+        ImportError: When the hub's library is missing.
         ValueError: When the folder is not whole, and when the repository holds another kind of model.
         huggingface_hub.errors.HfHubHTTPError: And the library's others, as it raises them.
     """

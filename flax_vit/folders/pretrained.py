@@ -66,7 +66,9 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: When there is no such folder, here or on the hub.
+        OSError: When its files, or the hub, cannot be read.
         ValueError: When the folder is not whole, or the arguments do not fit it.
+        ImportError: When it is on the hub, and the hub's library is missing.
     """
     if mesh is not None:
         check_mesh(mesh, sharding_rules)
