@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
-.PHONY: demo lint test fast-test lowest-test bench plans examples release-check format clean
+.PHONY: demo lint test fast-test lowest-test site bench plans examples release-check format clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/flax-vit demo
@@ -29,9 +29,14 @@ lint: $(VENV)/test.installed
 # The lowest versions that pyproject.toml admits; these files use each of them. What releases of then and now call
 # deprecated in each other is no concern of ours.
 USING_ALL := $(patsubst %,parity_tests/%.py,files/test_damage folders/test_hub folders/test_pretrained \
-	models/test_nnx models/test_serving models/test_stacking project/test_finetune project/test_package proof/test_report)
+	models/test_nnx models/test_serving models/test_stacking project/test_finetune project/test_package project/test_site proof/test_report)
 lowest-test: $(LOWEST)/installed
 	$(LOWEST)/bin/$(PYTEST) -m 'not slow' -W ignore::DeprecationWarning $(USING_ALL)
+
+# docs/ as a site, in build/site. Strict: whatever leads nowhere is an error. What its theme says of its successors is not
+# about this project.
+site: $(VENV)/docs.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # What README.md and docs/performance.md show: about an hour on two idle cores.
 bench: $(VENV)/test.installed $(if $(shell command -v nvidia-smi 2>/dev/null),$(VENV)/gpu.installed)
