@@ -4,7 +4,7 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/*.md'))]
+PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('docs/**/*.md'))]
 
 
 def blocks(page: pathlib.Path, *languages: str) -> list[tuple[str, str]]:
