@@ -11,7 +11,7 @@ LAYER = 'flax_vit.layers.Layer'
 
 
 class Comments(griffe.Extension):
-    """Puts them under the fields of classes; a linen module's, which are what it is made with, under its `Args`."""
+    """Puts them into the docstrings of classes: the fields of linen modules are what these are called with."""
 
     def on_class_members(self, *, node: Any, cls: griffe.Class, agent: Any, **_: Any) -> None:
         """Reads them, where the source is at hand."""
@@ -23,15 +23,15 @@ class Comments(griffe.Extension):
                 cls.extra['comments'][ast.unparse(field.target)] = words
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        """Hands them out, when it is known what is a module."""
+        """Writes them, when it is known what inherits from what."""
         for cls in classes(pkg):
             lineage = [each for each in (cls, *cls.mro()) if each.extra['comments']]
-            if cls.path != LAYER and LAYER in [each.path for each in lineage]:
-                document_module(cls, lineage)
-            else:
-                for name, words in cls.extra['comments'].items():
-                    field: Any = cls.members[name]
-                    field.docstring = griffe.Docstring(words, parent=field) if words else None
+            if LAYER in [each.path for each in lineage]:
+                cls.set_member('__init__', constructor(lineage))
+                comments = [each.extra['comments'] for each in lineage]
+                add_section(cls, 'Args', {name: words for each in comments for name, words in each.items()})
+            elif lineage:
+                add_section(cls, 'Attributes', cls.extra['comments'])
 
 
 def classes(module: griffe.Module) -> list[griffe.Class]:
@@ -40,17 +40,21 @@ def classes(module: griffe.Module) -> list[griffe.Class]:
     return [each for each in module.classes.values() if not each.is_alias] + below
 
 
-def document_module(cls: griffe.Class, lineage: list[griffe.Class]) -> None:
-    """Give it the constructor that linen would, and the docstring its arguments, before what it raises."""
-    init = griffe.Function('__init__', parameters=griffe.Parameters(griffe.Parameter('self')))
-    arguments = ''
-    for each in lineage:  # what all layers have is taken by name
-        kind = griffe.ParameterKind.keyword_only if each.path == LAYER else griffe.ParameterKind.positional_or_keyword
-        for name, words in each.extra['comments'].items():
-            field: Any = each.members[name]
-            init.parameters.add(griffe.Parameter(name, annotation=field.annotation, kind=kind, default=field.value))
-            arguments += f'    {name}: {words}\n'
-    cls.set_member('__init__', init)
-    cls.docstring = cls.docstring or griffe.Docstring('', parent=cls)
-    text, raises, errors = cls.docstring.value.partition('\n\nRaises:\n')
-    cls.docstring.value = f'{text}\n\nArgs:\n{arguments}{raises[1:]}{errors}'
+def constructor(lineage: list[griffe.Class]) -> griffe.Function:
+    """The `__init__` that linen makes of fields; what all layers have is taken by name."""
+    parameters = [griffe.Parameter('self')]
+    for owner in lineage:
+        by_name = owner.path == LAYER
+        kind = griffe.ParameterKind.keyword_only if by_name else griffe.ParameterKind.positional_or_keyword
+        for name in owner.extra['comments']:
+            field: Any = owner.members[name]
+            parameters.append(griffe.Parameter(name, annotation=field.annotation, kind=kind, default=field.value))
+    return griffe.Function('__init__', parameters=griffe.Parameters(*parameters))
+
+
+def add_section(cls: griffe.Class, title: str, comments: dict[str, str]) -> None:
+    """Write it into the docstring, before what the class raises."""
+    if cls.docstring:
+        text, raises, errors = cls.docstring.value.partition('\n\nRaises:\n')
+        lines = [f'    {name}: {words}' for name, words in comments.items()]
+        cls.docstring.value = '\n'.join([f'{text}\n', f'{title}:', *lines]) + raises + errors
