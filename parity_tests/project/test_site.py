@@ -1,6 +1,8 @@
 """The site of docs/, built as `make site` does: whole, strict, and without a request to anybody else."""
 
+import functools
 import importlib.util
+import inspect
 import json
 import os
 import pathlib
@@ -86,31 +88,48 @@ def test_the_overview_names_every_public_name() -> None:
     assert [name for name in names if f'[`{name}`](reference/' not in overview] == []
 
 
-def test_every_field_says_what_it_is() -> None:
-    """Also of what functions give; a model's are its constructor's arguments, with linen's defaults."""
+@functools.cache
+def loaded(package: str) -> Any:
+    """As mkdocstrings reads it."""
     extensions = griffe.load_extensions(str(DOCS / 'site' / 'comments.py'))
-    for package in ('flax_vit', 'convert'):
-        loader = griffe.GriffeLoader(search_paths=[ROOT], extensions=extensions)
-        loaded = loader.load(package)
-        if package == 'flax_vit':
-            for name, model in MODELS.items():
-                module: Any = loaded[model.__module__.partition('.')[2]][name]
-                parsed = {section.kind.value: section.value for section in module.docstring.parse('google')}
-                told = {argument.name: argument for argument in parsed['parameters']}
-                assert told.keys() == set(field_names(model))
-                assert all(argument.description for argument in told.values())
-                assert told['remat'].default == 'False'
-                assert told['dtype'].annotation is not None
-                assert list(parsed)[-1] == 'raises'
-            given: list[Any] = [loaded['looking.Features']]
-        else:
-            given = [loaded['conversion.Inspection'], loaded['proof.parity.Report'], loaded['proof.measure.Row']]
-        for cls in given:
-            parsed = {section.kind.value: section.value for section in cls.docstring.parse('google')}
-            told = {attribute.name for attribute in parsed['attributes'] if attribute.description}
-            public = {name for name, each in cls.members.items() if each.is_attribute and not name.startswith('_')}
-            assert len(told) >= 5
-            assert [name for name in public - told if not cls[name].docstring] == []
+    return griffe.GriffeLoader(search_paths=[ROOT], extensions=extensions).load(package)
+
+
+def sections(documented: Any) -> dict[str, Any]:
+    return {section.kind.value: section.value for section in documented.docstring.parse('google')}
+
+
+def test_every_field_of_a_model_says_what_it_is() -> None:
+    """They are its constructor's arguments, with linen's names and defaults."""
+    package = loaded('flax_vit')
+    for name, model in MODELS.items():
+        module = package[model.__module__.partition('.')[2]][name]
+        arguments = {argument.name: argument for argument in sections(module)['parameters']}
+        assert list(sections(module))[-2:] == ['parameters', 'raises']
+        assert arguments.keys() == set(field_names(model))
+        assert [name for name, argument in arguments.items() if not argument.description] == []
+        assert [name for name, argument in arguments.items() if argument.annotation is None] == []
+        signature = inspect.signature(model).parameters
+        assert {name: argument.default is not None for name, argument in arguments.items()} == {
+            name: signature[name].default is not inspect.Parameter.empty for name in arguments
+        }
+
+
+@pytest.mark.parametrize(
+    ('package', 'name', 'count'),
+    [
+        ('flax_vit', 'looking.Features', 6),
+        ('convert', 'conversion.Inspection', 5),
+        ('convert', 'proof.parity.Report', 14),
+        ('convert', 'proof.measure.Row', 9),
+    ],
+)
+def test_every_attribute_of_a_result_says_what_it_is(package: str, name: str, count: int) -> None:
+    cls = loaded(package)[name]
+    told = {attribute.name for attribute in sections(cls)['attributes'] if attribute.description}
+    assert len(told) == count
+    public = {name for name, each in cls.members.items() if each.is_attribute and not name.startswith('_')}
+    assert [name for name in public - told if not cls[name].docstring] == []
 
 
 def test_nothing_is_fetched_from_elsewhere(site: pathlib.Path, elements: dict[str, Any]) -> None:
