@@ -13,7 +13,7 @@ from parity_tests.proof.test_slips import CASES, DEEP, DROPOUT_SLIPS, MODELS, SL
 from parity_tests.support.reference import dropout_errors
 
 HEAD = """\
-# The failing twins
+# Known mistakes
 
 What a deliberate mistake in the port does to the parity figures, and what `convert.verify` says of it. The figure is
 the largest difference of the logits from PyTorch's, relative to the largest logit, in float64, for the small

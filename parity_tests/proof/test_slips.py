@@ -1,4 +1,4 @@
-"""The failing twins: every slip we know of, put into the port, breaks the comparison that should catch it."""
+"""Every slip we know of, put into the port, breaks the comparison that should catch it."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
