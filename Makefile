@@ -29,7 +29,8 @@ lint: $(VENV)/test.installed
 # The lowest versions that pyproject.toml admits; these files use each of them. What releases of then and now call
 # deprecated in each other is no concern of ours.
 USING_ALL := $(patsubst %,parity_tests/%.py,files/test_damage folders/test_hub folders/test_pretrained \
-	models/test_nnx models/test_serving models/test_stacking project/test_finetune project/test_package project/test_site proof/test_report)
+	models/test_nnx models/test_serving models/test_stacking project/test_finetune project/test_package \
+	project/test_site proof/test_report)
 lowest-test: $(LOWEST)/installed
 	$(LOWEST)/bin/$(PYTEST) -m 'not slow' -W ignore::DeprecationWarning $(USING_ALL)
 
