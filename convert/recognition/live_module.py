@@ -52,6 +52,8 @@ def unwrapped(module: Any, part: str | None = None) -> Any:
         calls = [f'module.get_submodule({name!r})' for name in inside]
         advice = 'If it computes what one of those does, pass its state_dict().'
         if len(calls) == 1:
+            if reason := refusal_of(module.get_submodule(inside[0]).state_dict()):
+                raise ConversionError(reason)
             advice = f'It holds one; pass that: {calls[0]}.'
         elif calls:
             advice = f'It holds {len(calls)}, which may differ; pass the one that you want: {", ".join(calls)}.'

@@ -19,8 +19,11 @@ REWRITINGS = (
     Rewriting(
         'LoRA adapters',
         r'lora_(embedding_)?[AB]|lora_magnitude_vector|base_layer',
-        'Merge them: with peft, model.merge_and_unload().state_dict(); otherwise add scale * lora_B @ lora_A to each '
-        'weight that has them, and leave out the names with lora_.',
+        'Merge them, with peft, and convert the state_dict() of after that:\n'
+        '    model = peft.PeftModel.from_pretrained(model, folder)  # only for adapters saved without their model\n'
+        '    model = model.merge_and_unload()  # where model is the PeftModel\n'
+        'With loralib: model.eval().state_dict() without the names with lora_. By hand: add lora_alpha / r * lora_B @ '
+        'lora_A to each weight that has them, leave out the names with lora_, and base_layer. in the middle of others.',
     ),
     Rewriting(
         'masks of pruning',
