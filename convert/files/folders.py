@@ -28,9 +28,9 @@ def only_checkpoint(folder: Path) -> Path:
         found += _checkpoints(inner)
     if len(found) == 1:
         return found[0]
+    for inner in sorted({path.parent for path in found}) or below:
+        refuse_parts((path.name for path in inner.iterdir()), str(inner))
     if not found:
-        for inner in below:
-            refuse_parts((path.name for path in inner.iterdir()), str(inner))
         held = sorted(path.name for path in folder.iterdir())
         raise ConversionError(f'a folder without a checkpoint, also one level down: it holds {quote(held)}')
     more = f' and {len(found) - MOST_NAMES} more' if len(found) > MOST_NAMES else ''

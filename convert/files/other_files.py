@@ -66,10 +66,11 @@ def refuse_parts(names: Iterable[str], where: str) -> None:
             'the parts that torch.distributed.checkpoint saved. Where torch is, merge them and convert the result:\n'
             f'    python -m torch.distributed.checkpoint.format_utils dcp_to_torch {where} weights.pt'
         )
-    if any(re.match(r'(bf16_|fp16_)?zero_pp_rank_|global_step\d|.*_optim_states\.pt$', name) for name in names):
+    if any(re.match(r'(bf16_|fp16_)?zero_pp_rank_|.*_optim_states\.pt$|zero_to_fp32\.py$', name) for name in names):
         raise ConversionError(
-            'the parts that DeepSpeed ZeRO saved. Merge them with the script it put there, and convert the result:\n'
-            '    python zero_to_fp32.py . weights.pt'
+            'the parts that DeepSpeed ZeRO saved. Merge them, where deepspeed is, in the folder where it put this '
+            'script, and convert weights, a file or a folder:\n'
+            '    python zero_to_fp32.py . weights'
         )
     if 'saved_model.pb' in names or any(name.endswith('.data-00000-of-00001') for name in names):
         raise ConversionError('a TensorFlow checkpoint, which holds no PyTorch weights')

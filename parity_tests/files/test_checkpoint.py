@@ -654,6 +654,19 @@ def test_folders_of_parts(tmp_path: Path, names: list[str], advice: str) -> None
     assert advice in refusal(tmp_path)
 
 
+@pytest.mark.parametrize('below', [True, False])
+def test_steps_without_zero_are_whole(tmp_path: Path, below: bool) -> None:
+    folder = tmp_path / 'global_step100' if below else tmp_path
+    folder.mkdir(exist_ok=True)
+    path = folder / ('mp_rank_00_model_states.pt' if below else 'global_step100.pt')
+    torch.save({'module': {'weight': torch.ones(2)}}, path)
+    (tmp_path / 'latest').write_text('global_step100')
+    assert read(tmp_path).files == read(path).files == (path,)
+    for rank in range(2):
+        torch.save({}, folder / f'zero_pp_rank_{rank}_mp_rank_00_optim_states.pt')
+    assert 'zero_to_fp32.py' in refusal(tmp_path)
+
+
 def test_a_part_alone(tmp_path: Path) -> None:
     for name, advice in {'__0_0.distcp': 'dcp_to_torch', 'zero_pp_rank_0_optim_states.pt': 'zero_to_fp32.py'}.items():
         torch.save({}, tmp_path / name)
