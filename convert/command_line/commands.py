@@ -1,21 +1,18 @@
 """What the commands of `flax-vit` do. `cli.py` says what each takes, and imports this when there is work."""
 
-import json
-import shlex
-import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
+from flax import linen as nn
 from rich.markup import escape
 
 from convert import conversion
 from convert.command_line import demo, export
-from convert.command_line.console import err, out
+from convert.command_line.console import out, print_json, working
 from convert.command_line.display import (
     show_comparison,
     show_converted,
@@ -25,19 +22,20 @@ from convert.command_line.display import (
     show_rows,
     track,
     verdict,
+    warn_of,
 )
-from convert.command_line.facts import command_line, convert_line, facts_of, flag
+from convert.command_line.facts import command_line, convert_line, facts_of, figures_of, flags, this_command
 from convert.command_line.images import load_images
+from convert.conversion import Inspection
 from convert.errors import ConversionError
 from convert.proof import parity, report
 from convert.proof import saved_outputs as outputs
-from convert.proof.measure import Row
-from convert.proof.saved_outputs import Comparison
 from flax_vit import export_serving, from_pretrained, save_pretrained
 from flax_vit.folders.config import read_config
 
 FIELDS = frozenset({'key', 'part', 'release', 'image_size', 'patch_size', 'heads', 'dim_head', 'pool', 'dropout'})
 FIELDS |= {'emb_dropout', 'channels', 'image_format', 'num_classes'}
+PRINTED = Path('-')  # not a file: standard output
 RUN = frozenset({'images', 'count', 'seed', 'dtype', 'gradients', 'page'})
 
 Arguments = ParamSpec('Arguments')
@@ -67,7 +65,7 @@ def inspect_checkpoint(source: str, *, as_json: bool, **options: Any) -> None:
         config = read_config(source)
         show_converted(config) if not as_json else print_json(config)
         return
-    inspection = conversion.inspect(source, **fields)
+    inspection = inspected(source, fields)
     if as_json:
         print_json(facts_of(inspection, fields))
         return
@@ -80,18 +78,20 @@ def inspect_checkpoint(source: str, *, as_json: bool, **options: Any) -> None:
 def convert_checkpoint(source: str, folder: Path, *, proven: bool, **options: Any) -> bool:
     """Convert `source` to `folder`; if it is to be proven, whether it was right: what is wrong is not written."""
     fields = given(options)
-    inspection = conversion.inspect(source, **fields)
+    inspection = inspected(source, fields)
     variables = conversion.place(inspection, track=track)
-    facts, golden = conversion.provenance(inspection), None
     told = {name: value for name, value in fields.items() if name != 'param_dtype'}  # of the source, not of the folder
+    proof = None
     if proven:
-        with err.status('Running PyTorch and Flax, in float64 and float32 …'):
+        with working('Running PyTorch and Flax, in float64 and float32'):
             proof = parity.verify(source, converted=(inspection.model, variables), count=4, **told)
         show_report(proof)
         if not proof.right:
             return False
-        facts, golden = facts | {'verified': report.certificate(proof)}, outputs.golden_of(proof)
-    save_pretrained(folder, inspection.model, variables, source=facts, golden=golden)
+    with working(f'Writing {folder}'):
+        facts = conversion.provenance(inspection) | ({'verified': report.certificate(proof)} if proof else {})
+        golden = outputs.golden_of(proof) if proof else None
+        save_pretrained(folder, inspection.model, variables, source=facts, golden=golden)
     show_inspection(inspection)
     out.print(f'[green]Converted[/] to {escape(str(folder))}')
     to_copy('use it:  ', f'model, variables = flax_vit.from_pretrained({str(folder)!r})')
@@ -116,6 +116,8 @@ def verify(written: Mapping[str, str], source: str, **arguments: Any) -> bool:
     for name in {'page', 'data'} & way.takes:
         if target := arguments[name]:
             report.check_target(target, page=name == 'page')
+    if arguments['data'] == PRINTED:
+        out.quiet = True
     return way.run(source, **{name: arguments[name] for name in way.takes})
 
 
@@ -134,10 +136,13 @@ def verify_checkpoint(
 ) -> bool:
     """Run PyTorch on the checkpoint `source`, beside the model in `folder`, or what `source` converts to."""
     fields = given(options)
-    converted = from_pretrained(folder) if folder is not None else None
-    model = converted[0] if converted else conversion.inspect(source, **fields).model
-    loaded = load_images(images, model, count) if images else None
-    with err.status(f'Running PyTorch and Flax, in float64 and {dtype} …'):
+    converted = loaded_from(folder) if folder is not None else None
+    model = converted[0] if converted else inspected(source, fields).model
+    loaded = None
+    if images:
+        with working(f'Reading {images}'):
+            loaded = load_images(images, model, count)
+    with working(f'Running PyTorch and Flax, in float64 and {dtype}'):
         proof = parity.verify(
             source,
             converted=converted,
@@ -154,14 +159,16 @@ def verify_checkpoint(
     figures = report.figures_of(proof, command=this_command(), images=str(images) if images else None, converted=folder)
     keep_figures(data, figures)
     if page:
-        report.write_page(page, proof, figures)
+        with working(f'Drawing {page}'):
+            report.write_page(page, proof, figures)
         out.print(f'report:  {escape(str(page))}')
     return proof.right
 
 
 def verify_kept(source: str, *, data: Path | None) -> bool:
     """Hold the folder `source` against the outputs of PyTorch that were kept there."""
-    row = outputs.recheck(Path(source))
+    with working('Running Flax on the images that were kept'):
+        row = outputs.recheck(Path(source))
     show_rows([row], 'float32')
     words = 'computes' if row.right else 'does not compute'
     out.print(verdict(row.right, f'the Flax model {words} what PyTorch did when it was verified.'))
@@ -173,11 +180,13 @@ def verify_reference(source: str, *, reference: Path, data: Path | None, **optio
     """Hold the checkpoint or folder `source` against outputs of the user's own PyTorch model."""
     images, saved = outputs.load_outputs(reference)
     if is_converted(source):
-        model, variables = from_pretrained(source)
+        model, variables = loaded_from(source)
     else:
-        inspection = conversion.inspect(source, **given(options))
-        model, variables = inspection.model, conversion.place(inspection)
-    comparison = outputs.compare_outputs(model, variables, images, saved)
+        inspection = inspected(source, given(options))
+        model, variables = inspection.model, conversion.place(inspection, track=track)
+        warn_of(inspection)
+    with working(f'Running Flax on the images of {reference}'):
+        comparison = outputs.compare_outputs(model, variables, images, saved)
     show_comparison(comparison)
     keep_figures(data, figures_of(comparison))
     return comparison.right
@@ -213,7 +222,8 @@ WAYS = {
 @with_float64
 def export_checkpoint(folder: Path, target: Path, *, layout: str | None, overwrite: bool) -> None:
     """Write the parameters in `folder` back to a PyTorch checkpoint, `target`."""
-    export.export(folder, target, layout=layout, overwrite=overwrite)
+    with working(f'Writing {target}'):
+        export.export(folder, target, layout=layout, overwrite=overwrite)
     out.print(f'[green]Exported[/] to {escape(str(target))}')
 
 
@@ -228,8 +238,9 @@ def export_program(
     **options: Any,
 ) -> None:
     """Write the model in `folder` as one file that runs with JAX alone."""
-    model, variables = from_pretrained(folder, **given(options))
-    export_serving(target, model, variables, platforms=platforms, image_size=image_size, overwrite=overwrite)
+    model, variables = loaded_from(folder, **given(options))
+    with working(f'Compiling for {", ".join(platforms)}'):
+        export_serving(target, model, variables, platforms=platforms, image_size=image_size, overwrite=overwrite)
     out.print(f'[green]Exported[/] to {escape(str(target))}, for {", ".join(platforms)}')
 
 
@@ -248,9 +259,16 @@ def is_converted(source: str) -> bool:
     return True
 
 
-def print_json(facts: Mapping[str, Any]) -> None:
-    """Print facts for machines, and nothing else."""
-    print(json.dumps(facts, indent=2))  # noqa: T201 - as it is, however narrow the terminal is
+def inspected(source: str, fields: Mapping[str, Any]) -> Inspection:
+    """What `source` is."""
+    with working(f'Reading {source}') if Path(source).exists() else nullcontext():  # what is fetched has its own bar
+        return conversion.inspect(source, **fields)
+
+
+def loaded_from(folder: str | Path, **fields: Any) -> tuple[nn.Module, Any]:
+    """The model in a folder that `convert` wrote, and its variables."""
+    with working(f'Reading {folder}'):
+        return from_pretrained(folder, **fields)
 
 
 def to_copy(label: str, text: str) -> None:
@@ -258,26 +276,11 @@ def to_copy(label: str, text: str) -> None:
     out.print(label, escape(text), soft_wrap=True)
 
 
-def flags(names: Iterable[str]) -> str:
-    """Several of them."""
-    return ', '.join(map(flag, names))
-
-
-def this_command() -> str:
-    """The command that runs."""
-    return shlex.join(['flax-vit', *sys.argv[1:]])
-
-
-def figures_of(result: Row | Comparison) -> dict[str, Any]:
-    """The figures of a comparison with outputs that were kept."""
-    when = datetime.now(UTC).isoformat(timespec='seconds')
-    head = {'format': 'flax_vit outputs 1', 'time': when, 'command': this_command(), 'right': result.right}
-    return head | asdict(result)
-
-
 def keep_figures(target: Path | None, figures: Mapping[str, Any]) -> None:
     """Write them where they were asked for."""
-    if target:
+    if target == PRINTED:
+        print_json(report.to_json(figures))
+    elif target:
         report.write_json(target, figures)
         out.print(f'figures: {escape(str(target))}')
 

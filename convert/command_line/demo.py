@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convert.command_line.console import err, out
+from convert.command_line.console import out, working
 from convert.command_line.display import show_inspection, show_report
 from convert.conversion import inspect, place, provenance
 from convert.errors import ConversionError
@@ -46,18 +46,19 @@ def checkpoint_path(name: str) -> Path:
 
 def demo() -> bool:
     """Convert, verify and compare the models; whether all is right."""
-    _, _, images, labels = digits()
+    with working('Reading the digits'):
+        _, _, images, labels = digits()
     right = True
     for name, fields in FIELDS.items():
         source = checkpoint_path(name)
         out.rule(f'{name}: {source.name}, as a PyTorch trainer saved it')
-        with tempfile.TemporaryDirectory() as folder:
+        with working(f'Converting {source.name}'), tempfile.TemporaryDirectory() as folder:
             inspection = inspect(source, **fields)
             save_pretrained(folder, inspection.model, place(inspection), source=provenance(inspection))
             model, variables = from_pretrained(folder)
-        with err.status('Running PyTorch and Flax, in float64 and float32 …'):
+        with working('Running PyTorch and Flax, in float64 and float32'):
             report = verify(source, converted=(model, variables), images=images, **fields)
-        logits = jax.jit(model.apply)(variables, jnp.asarray(images))
+            logits = jax.jit(model.apply)(variables, jnp.asarray(images))
         accuracy = np.mean(logits.argmax(axis=-1) == labels)
         show_inspection(inspection)
         out.print()

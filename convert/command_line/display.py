@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from convert.command_line.console import err, out
-from convert.conversion import Inspection
+from convert.command_line.console import err, out, show_facts
+from convert.conversion import Inspection, notes
 from convert.proof.measure import Row
 from convert.proof.parity import Report
 from convert.proof.saved_outputs import Comparison
@@ -19,6 +19,7 @@ from flax_vit.checks import COMPUTATION
 
 def show_inspection(inspection: Inspection) -> None:
     """What a source is, which fields its model has and how they are known, what is left aside."""
+    warn_of(inspection)
     size = sum(tensor.nbytes for tensor in inspection.tensors.values())
     facts = {
         'source': f'{inspection.source} ({inspection.format})',
@@ -28,7 +29,7 @@ def show_inspection(inspection: Inspection) -> None:
         'dtype': ', '.join(inspection.dtypes),
     }
     facts |= {f'left aside: {group}': what for group, what in inspection.unwrapped.left_aside.items()}
-    _show_facts(facts)
+    show_facts(facts)
     fields = Table('field', 'value', 'known by', 'because', box=None, pad_edge=False, title_justify='left')
     colours = {'assumed': 'yellow', 'unknown': 'red'}
     for name, field in inspection.fields.items():
@@ -37,6 +38,13 @@ def show_inspection(inspection: Inspection) -> None:
             value = '?' if field.how == 'unknown' else str(field.value)
             fields.add_row(name, value, f'[{colour}]{field.how}[/]', escape(field.why))
     out.print(fields)
+
+
+def warn_of(inspection: Inspection) -> None:
+    """What the table of the fields says, where it is left out, and must be known all the same."""
+    if out.quiet:
+        for note in notes(inspection):
+            err.print('[yellow]Warning:[/]', escape(note))
 
 
 def show_plan(inspection: Inspection) -> None:
@@ -54,13 +62,13 @@ def show_converted(config: Mapping[str, Any]) -> None:
     """What a folder that `convert` wrote holds, and where it comes from."""
     fields = ', '.join(f'{name}={value!r}' for name, value in config['fields'].items() if value is not None)
     hashes = ', '.join(file['sha256'] for file in config['weights'])
-    _show_facts({'model': config['model'], 'fields': fields, 'sha256 of the weights': hashes})
+    show_facts({'model': config['model'], 'fields': fields, 'sha256 of the weights': hashes})
     source = config['source'] or {}
     if 'verified' in source:
         source = source | {'verified': f'{source["verified"]["time"]}: {source["verified"]["verdict"]}'}
     for name, value in source.items():
         shown = ', '.join(f'{key}: {item}' for key, item in value.items()) if isinstance(value, dict) else str(value)
-        _show_facts({f'source: {name}': shown})
+        show_facts({f'source: {name}': shown})
 
 
 def show_report(report: Report) -> None:
@@ -126,18 +134,9 @@ def track(items: Iterable[Any]) -> Iterator[Any]:
     """The items, with a progress bar from the second second on."""
     items = list(items)
     start = time.monotonic()
-    with Progress(console=err, transient=True, auto_refresh=False) as progress:
+    with Progress(console=err, transient=True, auto_refresh=False, disable=not err.moves) as progress:
         task = progress.add_task('Placing parameters', total=len(items), visible=False)
         for item in items:
             yield item
             progress.update(task, advance=1, visible=time.monotonic() - start > 1)
             progress.refresh()
-
-
-def _show_facts(facts: Mapping[str, str]) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(style='bold', no_wrap=True)
-    table.add_column()
-    for name, fact in facts.items():
-        table.add_row(escape(name), escape(fact))
-    out.print(table)

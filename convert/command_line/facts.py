@@ -1,11 +1,17 @@
-"""What `flax-vit inspect` found, for machines, and the command that converts it."""
+"""What `flax-vit inspect` and `verify` found, for machines, and commands to be copied."""
 
 import shlex
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
+from subprocess import list2cmdline
 from typing import Any
 
 from convert.conversion import Inspection
+from convert.proof.measure import Row
+from convert.proof.saved_outputs import Comparison
 from flax_vit.architectures import name_of
 from flax_vit.checks import COMPUTATION
 
@@ -61,7 +67,12 @@ def command_line(command: str, *arguments: str, **options: Any) -> str:
     """A command of ours, to be copied to a shell."""
     words = [word for name, value in options.items() for word in (flag(name), in_words(value))]
     dashes = ['--'] if any(argument.startswith('-') for argument in arguments) else []
-    return shlex.join(['flax-vit', command, *words, *dashes, *arguments])
+    return joined(['flax-vit', command, *words, *dashes, *arguments])
+
+
+def joined(words: Sequence[str]) -> str:
+    """The line that a shell of this system takes apart into these words."""
+    return list2cmdline(words) if sys.platform == 'win32' else shlex.join(words)
 
 
 def flag(name: str) -> str:
@@ -69,6 +80,23 @@ def flag(name: str) -> str:
     return f'--{name.replace("_", "-")}'
 
 
+def flags(names: Iterable[str]) -> str:
+    """Several of them."""
+    return ', '.join(map(flag, names))
+
+
 def in_words(value: Any) -> str:
     """How its value is."""
     return 'x'.join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def this_command() -> str:
+    """The command that runs."""
+    return joined(['flax-vit', *sys.argv[1:]])
+
+
+def figures_of(result: Row | Comparison) -> dict[str, Any]:
+    """The figures of a comparison with outputs that were kept."""
+    when = datetime.now(UTC).isoformat(timespec='seconds')
+    head = {'format': 'flax_vit outputs 1', 'time': when, 'command': this_command(), 'right': result.right}
+    return head | asdict(result)

@@ -112,7 +112,8 @@ def _download(address: str, scheme: str) -> Path:
         import tqdm  # noqa: F401 - without it a TqdmCallback fails twice
         from fsspec.callbacks import TqdmCallback
 
-        bar = TqdmCallback({'desc': name, 'unit': 'B', 'unit_scale': True, 'disable': None})  # None: but on a terminal
+        hidden = bool(os.environ.get('TQDM_DISABLE')) or None  # None: but on a terminal
+        bar = TqdmCallback({'desc': name, 'unit': 'B', 'unit_scale': True, 'disable': hidden})
         files, path = fsspec.core.url_to_fs(address, **(_patience() if scheme in ('http', 'https') else {}))
     except (ImportError, ValueError) as error:
         raise ConversionError(

@@ -44,7 +44,7 @@ def check_target(target: Path, *, page: bool) -> None:
 def write_json(target: str | os.PathLike[str], figures: Mapping[str, Any]) -> None:
     """Write `figures` as JSON, whole or not at all; what is no finite number is the string NaN, Infinity, -Infinity."""
     check_target(Path(target), page=False)
-    text = json.dumps(_to_json(figures), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(to_json(figures), indent=2, ensure_ascii=False, allow_nan=False)
     with appearing_whole(Path(target)) as partial:
         partial.write_text(text + '\n', encoding='utf-8', errors='backslashreplace')
 
@@ -192,11 +192,12 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Figures in JSON: what is no finite number is the string NaN, Infinity, -Infinity."""
     if isinstance(value, Mapping):
-        return {str(name): _to_json(item) for name, item in value.items()}
+        return {str(name): to_json(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_to_json(item) for item in value]
+        return [to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return 'NaN' if math.isnan(value) else 'Infinity' if value > 0 else '-Infinity'
     return value

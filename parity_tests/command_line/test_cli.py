@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,34 +20,14 @@ from vit_pytorch import deepvit, simple_vit
 
 import convert.command_line.commands
 import convert.command_line.demo
-from convert.command_line.cli import cli, main
+from convert.command_line.cli import cli
 from convert.conversion import place
 from convert.files import remote
 from flax_vit import DeepViT, from_pretrained, save_pretrained
+from parity_tests.command_line.conftest import DIGITS, Run
 from parity_tests.support.reference import perturbed
 
-DIGITS = pathlib.Path(__file__).parents[2] / 'examples' / 'digits'
 FIELDS = ['--image-size', '8', '--patch-size', '4', '--heads', '3']
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def flax_vit(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line in an empty folder that holds the digits checkpoints: status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    for path in DIGITS.glob('*.[ps][ta]*'):
-        shutil.copy(path, tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, 'argv', ['flax-vit', *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        status = ended.value.code
-        assert isinstance(status, int)
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def test_help_teaches(flax_vit: Run) -> None:
@@ -401,7 +380,7 @@ def test_what_is_printed_works_when_it_is_copied(flax_vit: Run, arguments: list[
 
 
 def test_every_option_of_verify_has_its_use() -> None:
-    options = {parameter.name for parameter in cli.commands['verify'].params}
+    options = {parameter.name for parameter in cli.commands['verify'].params if parameter.expose_value}
     taken = frozenset.union(*(way.takes for way in convert.command_line.commands.WAYS.values()))
     assert options == {'source', *taken}
 

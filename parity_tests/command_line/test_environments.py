@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from convert.command_line.cli import CACHE, keep_compiled, trim
+from convert.caches import COMPILED, keep_compiled, trim
 from convert.command_line.export import export
 from flax_vit import DeepViT, save_pretrained
 from flax_vit.parameters import variable_shapes
@@ -87,7 +87,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost_or_left(folder: pathlib.Pat
 
 @WITHOUT_WINDOWS
 def test_without_a_home_and_a_name(folder: pathlib.Path) -> None:
-    nothing = dict.fromkeys(['HOME', 'XDG_CACHE_HOME', CACHE, 'USER', 'LOGNAME'])
+    nothing = dict.fromkeys(['HOME', 'XDG_CACHE_HOME', COMPILED, 'USER', 'LOGNAME'])
     assert run([['inspect', 'out'], ['export', 'out', 'back.pt']], folder, NOBODY, **nothing)[0] == [0, 0]
     assert not (folder / '~').exists()
 
@@ -151,4 +151,4 @@ def test_a_cache_for_reading_alone_is_none(tmp_path: pathlib.Path, monkeypatch: 
     monkeypatch.setattr(os, 'environ', {'XDG_CACHE_HOME': str(tmp_path)})
     monkeypatch.setattr(os, 'access', may)
     keep_compiled()
-    assert CACHE not in os.environ
+    assert COMPILED not in os.environ

@@ -12,7 +12,7 @@ import pytest
 
 import convert
 import flax_vit
-from convert.command_line.cli import keep_compiled
+from convert.caches import keep_compiled
 
 DIGITS = pathlib.Path(__file__).parents[2] / 'examples' / 'digits'
 LARGE = {'flax', 'jax', 'matplotlib', 'scipy', 'sklearn', 'torch', 'vit_pytorch'}
