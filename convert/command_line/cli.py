@@ -1,7 +1,6 @@
 """`flax-vit`: the command line. JAX takes most of a second to import, so that only what has work to do imports it."""
 
 import os
-import platform
 import sys
 import traceback
 from contextlib import suppress
@@ -15,7 +14,7 @@ from click.shell_completion import shell_complete
 from rich.markup import escape
 
 from convert.caches import keep_compiled
-from convert.command_line.console import err, let_go, print_anything, working
+from convert.command_line.console import err, let_go, print_anything, print_json, show_facts, working
 from convert.command_line.options import EVERYWHERE, model_options, size
 from flax_vit import __version__
 
@@ -222,6 +221,20 @@ def demo_command() -> int:
     return RIGHT if work().run_demo() else WRONG
 
 
+@cli.command('doctor', epilog=examples('flax-vit doctor', 'flax-vit doctor --json'))
+@click.option('--json', 'as_json', is_flag=True, help='Print everything as JSON, and nothing else.')
+def doctor_command(as_json: bool) -> None:
+    """Say what runs here: versions, JAX's devices, caches, and which optional packages are missing.
+
+    Please add what it prints to your report of an error.
+    """
+    from convert.command_line import doctor
+
+    with working('Importing JAX and torch'):
+        facts = doctor.examine()
+    print_json(facts) if as_json else show_facts(doctor.in_words(facts))
+
+
 for command in (cli, *cli.commands.values()):
     command.params += EVERYWHERE
 
@@ -262,10 +275,7 @@ def explain(error: BaseException, status: int) -> None:
         err.print('[red]Error:[/]', escape(said or 'there is not enough memory.'))
     else:
         err.print('[red]Not foreseen:[/]', escape(f'{type(error).__name__}: {error}'))
-        from convert.versions import versions
-
-        where = ', '.join(f'{name} {version}' for name, version in versions().items())
         err.print(
             'This says nothing about the port. Please report it to the authors of flax_vit: the command, what it '
-            f'prints with --debug, and these versions: {where}, {platform.platform()}.'
+            'prints with --debug, and what `flax-vit doctor` prints.'
         )

@@ -1,4 +1,4 @@
-"""What people expect of any command: completion, JSON, silence, progress, plain paths, examples."""
+"""What people expect of any command: completion, JSON, silence, progress, plain paths, examples, a look at itself."""
 
 import json
 import os
@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import pytest
 
+from convert.command_line import doctor
 from convert.command_line.cli import cli
 from convert.command_line.facts import joined
 from convert.files.remote import local_path
@@ -160,3 +162,23 @@ def test_the_examples_of_the_helps(flax_vit: Run, monkeypatch: pytest.MonkeyPatc
             if arguments != ['demo']:  # test_cli.py runs it
                 status, _, said = flax_vit(*arguments)
                 assert status == 0, f'{line}: {said}'
+
+
+def test_doctor(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is broken or missing is said, with the line that mends it."""
+
+    def installed(package: str) -> str:
+        if package == 'aiohttp':  # fsspec[http] needs it
+            raise PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setitem(sys.modules, 'torch', None)
+    monkeypatch.setattr(doctor, 'version', installed)
+    status, printed, said = flax_vit('doctor')
+    assert (status, said) == (0, '')
+    assert re.search(r'^torch .*, but it cannot be imported: ModuleNotFoundError: ', printed, re.MULTILINE)
+    assert re.search(rf'^jax +{re.escape(version("jax"))} *$', printed, re.MULTILINE)
+    assert re.search(r"^optional: remote +lacks aiohttp: pip install 'flax-vit\[remote\]' *$", printed, re.MULTILINE)
+    facts = json.loads(flax_vit('doctor', '--json')[1])
+    assert (set(facts['broken']), facts['jax']['backend'], facts['extras']['remote']) == ({'torch'}, 'cpu', ['aiohttp'])
+    assert {'hub', 'torch', 'gpu'} < set(facts['extras'])
