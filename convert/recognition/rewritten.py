@@ -19,29 +19,30 @@ REWRITINGS = (
     Rewriting(
         'LoRA adapters',
         r'lora_(embedding_)?[AB]|lora_magnitude_vector|base_layer',
-        'Merge them, with peft, and convert the state_dict() of after that:\n'
+        'Merge them with peft, and convert model.state_dict() afterwards:\n'
         '    model = peft.PeftModel.from_pretrained(model, folder)  # only for adapters saved without their model\n'
         '    model = model.merge_and_unload()  # where model is the PeftModel\n'
-        'With loralib: model.eval().state_dict() without the names with lora_. By hand: add lora_alpha / r * lora_B @ '
-        'lora_A to each weight that has them, leave out the names with lora_, and base_layer. in the middle of others.',
+        'With loralib, convert model.eval().state_dict() without the names that contain lora_. By hand, add lora_alpha '
+        '/ r * lora_B @ lora_A to each weight that has them, drop the names that contain lora_, and remove base_layer. '
+        'from the others.',
     ),
     Rewriting(
         'masks of pruning',
         r'(weight|bias)_(orig|mask)',
         "Make it final, torch.nn.utils.prune.remove(part, 'weight') for each part that has a weight_mask, and convert "
-        'the state_dict() of after that.',
+        'the state_dict() afterwards.',
     ),
     Rewriting(
         'parametrised weights',
         r'parametrizations',
         "Make them plain, torch.nn.utils.parametrize.remove_parametrizations(part, 'weight') for each part that has "
-        'them, and convert the state_dict() of after that.',
+        'them, and convert the state_dict() afterwards.',
     ),
     Rewriting(
         'weights under weight_norm or spectral_norm',
         r'weight_[guv]',
         'Make them plain, torch.nn.utils.remove_weight_norm(part), or remove_spectral_norm(part), for each part that '
-        'has them, and convert the state_dict() of after that.',
+        'has them, and convert the state_dict() afterwards.',
     ),
     Rewriting(
         'quantised weights',
