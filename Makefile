@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 
-.PHONY: demo lint test fast-test lowest-test site bench plans examples release-check format clean
+.PHONY: demo lint test fast-test lowest-test site bench plans examples notebook release-check format clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/flax-vit demo
@@ -29,8 +29,8 @@ lint: $(VENV)/test.installed
 # The lowest versions that pyproject.toml admits; these files use each of them. What releases of then and now call
 # deprecated in each other is no concern of ours.
 USING_ALL := $(patsubst %,parity_tests/%.py,files/test_damage folders/test_hub folders/test_pretrained \
-	models/test_nnx models/test_serving models/test_stacking project/test_finetune project/test_package \
-	project/test_site proof/test_report)
+	models/test_nnx models/test_serving models/test_stacking project/test_finetune project/test_notebook \
+	project/test_package project/test_site proof/test_report)
 lowest-test: $(LOWEST)/installed
 	$(LOWEST)/bin/$(PYTEST) -m 'not slow' -W ignore::DeprecationWarning $(USING_ALL)
 
@@ -58,6 +58,10 @@ examples: $(VENV)/examples.installed
 	mkdir -p build
 	$(BIN)/python examples/finetune/finetune.py build/finetune --start converted --start scratch
 	$(BIN)/python examples/attention_collapse/collapse.py build/collapse
+
+# examples/quickstart.ipynb anew, of quickstart.py, with its outputs: a minute.
+notebook: $(VENV)/test.installed
+	$(BIN)/python -m parity_tests.support.notebook
 
 # All of a release but the upload, in two fresh environments with PyTorch. TAG=v0.2.0: what is to be released.
 release-check: $(VENV)/test.installed
