@@ -187,6 +187,6 @@ print(f'{np.mean(theirs == classes[~few]):.0%} of MNIST right, back in PyTorch')
 # ## Next
 #
 # - Your own checkpoint: `flax-vit inspect CHECKPOINT` in a terminal, or the cells above with its path.
-# - [From checkpoint to TPU](../docs/tpu.md): the whole way on one page, with a mesh.
-# - [Fine-tuning](../docs/finetuning.md): a whole training, resumable, with augmentation.
-# - [The proof](../docs/proof.md): how right is told from nearly right.
+# - [From checkpoint to TPU](https://flax-vit.github.io/flax_vit/tpu/): the whole way on one page, with a mesh.
+# - [Fine-tuning](https://flax-vit.github.io/flax_vit/finetuning/): a whole training, resumable, with augmentation.
+# - [The proof](https://flax-vit.github.io/flax_vit/proof/): how right is told from nearly right.
