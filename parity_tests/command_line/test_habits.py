@@ -119,6 +119,7 @@ def test_progress_on_a_terminal(setting: str, options: list[str], shown: bool, c
     os.close(reader)
     os.close(terminal)
     assert (b'Starting JAX' in said, b'Reading' in said) == (shown, shown)
+    assert shown or options or said == b'end\r\n'
     assert (re.search(rb'\x1b\[[\d;]*3\dm', said) is not None) == coloured
     assert b'\x1b' not in ended.stdout
 
