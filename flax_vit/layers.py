@@ -396,8 +396,14 @@ def with_class_token(
     x: Float[Array, 'batch tokens dim'], cls_token: Float[Array, '... 1 dim']
 ) -> Float[Array, 'batch tokens+1 dim']:
     """The tokens of each image, and the class token in front of them."""
-    batch, _, dim = x.shape
-    return jnp.concatenate([add(jnp.zeros((batch, 1, dim), x.dtype), cls_token), x], axis=1)
+    return jnp.concatenate([of_each_image(x, cls_token), x], axis=1)
+
+
+def of_each_image(
+    x: Float[Array, 'batch tokens dim'], learned: Float[Array, '... count dim']
+) -> Float[Array, 'batch count dim']:
+    """Learned tokens, once for each of the images, in the dtype of their tokens `x`."""
+    return add(jnp.zeros((len(x), *learned.shape[-2:]), x.dtype), learned)
 
 
 def uniform(bound: float) -> Initializer:

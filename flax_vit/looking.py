@@ -21,7 +21,8 @@ from flax_vit.stacking import Path, is_stacked, stacked_path, unstack_layers
 class Features(NamedTuple):
     """What a model computes on the way, in its own dtype; a pytree. Mappings have the blocks' numbers as asked for.
 
-    In ViT, where it has one, and in DeepViT the first of the tokens, of the queries and of the keys is the class token.
+    In ViT, where it has one, and in DeepViT the first of the tokens, of the queries and of the keys is the class token;
+    in a SimpleViT with register tokens the last are these.
     """
 
     logits: Float[Array, 'batch outputs']  # what the model gives

@@ -1,12 +1,15 @@
 """SimpleViT (Beyer, Zhai, Kolesnikov 2022, arXiv:2205.01580) as vit-pytorch computes it: `vit_pytorch/simple_vit.py`.
 
-Submodules have the PyTorch names in the PyTorch order, so that PyTorch's `transformer.layers.3.1.net.1.weight`
-is `transformer/layers_3_1/net_1/kernel` here.
+Its `simple_vit_with_register_tokens.py` and `simple_vit_with_qk_norm.py` are a field each. Submodules have the PyTorch
+names in the PyTorch order, so that PyTorch's `transformer.layers.3.1.net.1.weight` is
+`transformer/layers_3_1/net_1/kernel` here.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -15,8 +18,20 @@ from jax import Array
 from jaxtyping import Float, Float32, Shaped
 
 from flax_vit import layers
-from flax_vit.checks import check_divisible, check_image_format, check_options, check_sizes, pair
-from flax_vit.layers import Identity, Layer, gelu, grid_of, in_query_chunks, patch_embedding, sequential, weigh
+from flax_vit.checks import check_divisible, check_image_format, check_options, check_sizes, check_switches, pair
+from flax_vit.layers import (
+    Identity,
+    Layer,
+    aligned,
+    at_least_float32,
+    gelu,
+    grid_of,
+    in_query_chunks,
+    of_each_image,
+    patch_embedding,
+    sequential,
+    weigh,
+)
 from flax_vit.sharding import laid_out_by_the_compiler
 
 
@@ -56,22 +71,47 @@ class FeedForward(Layer):
         return sequential(self.net, x, train=train)
 
 
+class RMSNorm(Layer):
+    """The one of `simple_vit_with_qk_norm.py`: vectors of length `dim_head**0.5`, times a `gamma` for each head.
+
+    PyTorch's `F.normalize` divides by a length of at least 1e-12, which here is a square of at least 1e-24: so that a
+    vector of zeros has a gradient, as it has in PyTorch.
+    """
+
+    heads: int
+    dim_head: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'batch heads tokens d']) -> Float[Array, 'batch heads tokens d']:
+        init = nn.initializers.constant(self.dim_head**-0.5)
+        gamma = self.param('gamma', init, (self.heads, 1, self.dim_head), self.param_dtype)
+        dtype = nn.dtypes.canonicalize_dtype(x, gamma, dtype=self.dtype)
+        x, gamma = (aligned(array, x.ndim).astype(at_least_float32(dtype)) for array in (x, gamma))
+        square = jnp.maximum((x**2).sum(axis=-1, keepdims=True), 1e-24)
+        return (x * jax.lax.rsqrt(square) * self.dim_head**0.5 * gamma).astype(dtype)
+
+
 class Attention(Layer):
     dim: int
     heads: int
     dim_head: int
+    qk_norm: bool
     query_chunk_size: int | None
 
     def setup(self) -> None:
         inner_dim = self.heads * self.dim_head
         self.norm = self.layer_norm()
         self.attend = Identity()  # names the attention map
+        if self.qk_norm:
+            self.q_norm, self.k_norm = self.inner(RMSNorm), self.inner(RMSNorm)
         self.to_qkv = self.linear(self.dim, 3 * inner_dim, bias=False)
         self.to_out = self.linear(inner_dim, self.dim, bias=False)
 
     def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
         qkv = self.to_qkv(self.norm(x))
         q, k, v = jnp.unstack(rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
 
         out = in_query_chunks(self, Attention.weigh, q, k, v, self.query_chunk_size)
         return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))
@@ -83,11 +123,18 @@ class Attention(Layer):
         k: Float[Array, 'batch heads j d'],
         v: Float[Array, 'batch heads j d'],
     ) -> Float[Array, 'batch heads i d']:
-        return weigh(q, k, v, attend=self.attend, scale=self.dim_head**-0.5, precision=self.precision)
+        scale = 1.0 if self.qk_norm else self.dim_head**-0.5
+        return weigh(q, k, v, attend=self.attend, scale=scale, precision=self.precision)
 
 
 class Transformer(layers.Transformer):
     """SimpleViT's, of tokens (batch, tokens, dim); it has no dropout."""
+
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        check_switches(self, 'qk_norm')
+        super().__post_init__()
 
     @nn.nowrap
     def block(self) -> list[nn.Module]:
@@ -96,6 +143,9 @@ class Transformer(layers.Transformer):
 
 class SimpleViT(Layer):
     """A vision transformer with a fixed sincos position table, mean pooling and a linear head; it has no dropout.
+
+    With `num_register_tokens` it is that of vit-pytorch's simple_vit_with_register_tokens, with `qk_norm` that of its
+    simple_vit_with_qk_norm, whose head is a LayerNorm.
 
     The arguments are vit-pytorch's, with its defaults; `dtype`, `param_dtype` and `precision` are linen's.
 
@@ -118,6 +168,8 @@ class SimpleViT(Layer):
     mlp_dim: int  # width of the hidden layer of a feed-forward
     channels: int = 3  # how many an image has
     dim_head: int = 64  # width of a query, key or value
+    num_register_tokens: int = 0  # learned, without positions, behind the patches in every block, and not pooled
+    qk_norm: bool = False  # queries and keys normalised, not scaled; a LayerNorm for a head, of num_classes = dim
     patch_norm: bool = True  # LayerNorms round the patch projection; vit-pytorch before 1.0.0 had none
     norm_after_mean: bool = False  # vit-pytorch before 1.4.0: mean over tokens first, then a LayerNorm in the head
     image_format: str | None = None  # 'channels_first' or 'channels_last'; None: what fits, the latter where both do
@@ -127,10 +179,16 @@ class SimpleViT(Layer):
 
     def __post_init__(self) -> None:
         check_sizes(self, pairs=('image_size', 'patch_size'), image_size=1, patch_size=1, channels=1)
-        check_sizes(self, num_classes=0, dim=8, depth=1, heads=1, mlp_dim=1, dim_head=1)
+        check_sizes(self, num_classes=0, dim=8, depth=1, heads=1, mlp_dim=1, dim_head=1, num_register_tokens=0)
+        check_switches(self, 'qk_norm')
         check_divisible(self, pair(self.image_size), pair(self.patch_size))
         if self.dim % 4:
             raise ValueError(f'SimpleViT: dim must be a multiple of 4 for the sincos table, not {self.dim}.')
+        if self.qk_norm and self.num_classes not in (0, self.dim):
+            raise ValueError(
+                'SimpleViT: with qk_norm the head is a LayerNorm, as in vit-pytorch, and tells no classes: num_classes '
+                f'must be dim, {self.dim}, or 0 for the pooled features, not {self.num_classes}.'
+            )
         check_options(self)
         check_image_format(self)
         super().__post_init__()
@@ -150,10 +208,13 @@ class SimpleViT(Layer):
         self.to_patch_embedding = patch_embedding(
             self, sizes=f'height and width {image_size}', fits=lambda *size: size == image_size
         )
+        if self.num_register_tokens:
+            shape = self.num_register_tokens, self.dim
+            self.register_tokens = self.param('register_tokens', nn.initializers.normal(1.0), shape, self.param_dtype)
         self.transformer = self.transformer_alone()
         self.to_latent = Identity()
         if self.num_classes:
-            head = self.linear(self.dim, self.num_classes)
+            head = self.layer_norm() if self.qk_norm else self.linear(self.dim, self.num_classes)
             self.linear_head: Any = [self.layer_norm(), head] if self.norm_after_mean else head
 
     @nn.nowrap
@@ -179,6 +240,8 @@ class SimpleViT(Layer):
         """
         x = sequential(self.to_patch_embedding, images, train=train)
         x = x + self.pos_embedding()[None].astype(x.dtype)
-        x = self.transformer(x, train=train)
+        if self.num_register_tokens:
+            x = jnp.concatenate([x, of_each_image(x, self.register_tokens)], axis=1)
+        x = self.transformer(x, train=train)[:, : math.prod(self.grid)]
         x = self.to_latent(x.mean(axis=1))
         return sequential(self.linear_head, x, train=train) if self.num_classes else x

@@ -184,16 +184,16 @@ class Architecture:
     """
 
     model: Any  # the Flax model's class
-    torch_classes: tuple[str, ...]  # those that compute it; a port is compared with the first
+    torch_classes: tuple[str, ...]  # those that compute it; a port is compared with the first, see `torch_name`
     layouts: tuple[Layout, ...]  # the newest of each function first: it is the one that `to_torch` writes
     axes: tuple[Axis, ...] = (  # what those of the parameters hold; of two that are alike, the last
         Axis('1'),
         Axis('channels x patch area'),
         Axis('heads x dim_head'),
         Axis('heads x dim_head', factor=3),
+        Axis('num_classes'),
         Axis('dim'),
         Axis('mlp_dim'),
-        Axis('num_classes'),
     )
     # A small model in which no two axes are alike, as a test holds, so that a size tells what an axis holds.
     probe: Mapping[str, Any] = {
@@ -287,9 +287,13 @@ class Architecture:
         fields = {'heads': attend.heads, 'patch_size': one_or_pair((patch['p1'], patch['p2']))}
         return fields | ({'num_classes': 0} if class_name(getattr(module, self.model.HEAD)) == IDENTITY else {})
 
-    def torch_class(self) -> Any:
-        """The torch class that a port is compared with."""
-        package, _, name = self.torch_classes[0].rpartition('.')
+    def torch_name(self, model: Any) -> str:
+        """The full name of the torch class that `model` is compared with."""
+        return self.torch_classes[0]
+
+    def torch_class(self, model: Any) -> Any:
+        """That class."""
+        package, _, name = self.torch_name(model).rpartition('.')
         return getattr(import_module(package), name)
 
     def smallest(self, module: Any) -> dict[str, Any]:
@@ -300,7 +304,7 @@ class Architecture:
         """The torch module that computes what `model` does, with random weights; `arguments` are the fields' values."""
         import torch
 
-        module = self.torch_class()(**{**arguments, 'num_classes': model.num_classes or 1})
+        module = self.torch_class(model)(**{**arguments, 'num_classes': model.num_classes or 1})
         if not getattr(model, 'patch_norm', True) and len(module.to_patch_embedding) == 4:
             cut, _, linear, _ = module.to_patch_embedding
             module.to_patch_embedding = torch.nn.Sequential(cut, linear)

@@ -268,4 +268,4 @@ class OfficialDeepViTArchitecture(Architecture):
         names = ('num_classes', 'dim', 'depth', 'heads', 'mlp_dim', 'channels', 'cnn_stem', 'reattention', 'qkv_bias')
         fields = {name: getattr(model, name) for name in (*names, *UNTOLD, *self.assumed)}
         patches = self.quantities(model)['patches']
-        return self.torch_class()(patches=patches, patch_size=pair(model.patch_size), **fields)
+        return self.torch_class(model)(patches=patches, patch_size=pair(model.patch_size), **fields)

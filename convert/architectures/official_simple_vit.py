@@ -157,7 +157,7 @@ class OfficialSimpleViTArchitecture(Architecture):
 
         given = {name: value for name, value in arguments.items() if name != 'image_size'}
         given |= {'patch_size': pair(model.patch_size)}
-        return self.torch_class()(torch.from_numpy(model.pos_embedding()), **given)
+        return self.torch_class(model)(torch.from_numpy(model.pos_embedding()), **given)
 
     def table(self, model: Any) -> ComputedTable:
         """The largest difference of the port's sincos table from the exact one, and what it may be."""

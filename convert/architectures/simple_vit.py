@@ -10,6 +10,7 @@ from einops import rearrange
 from convert.architectures.architecture import (
     Architecture,
     AttentionMap,
+    Axis,
     ComputedTable,
     Field,
     Layout,
@@ -17,7 +18,7 @@ from convert.architectures.architecture import (
     other_heads,
     prepared,
 )
-from convert.architectures.way import Way
+from convert.architectures.way import Mistake, Way
 from convert.errors import ConversionError
 from flax_vit.checks import pair
 from flax_vit.simple_vit import SimpleViT, posemb_sincos_2d
@@ -31,6 +32,8 @@ _B_COS = {
     'linear_head.norm.': 'linear_head.0.',
     'linear_head.linear.': 'linear_head.1.',
 }
+_REGISTERS = {'num_register_tokens': 4}  # or another number: that of the probe, and vit-pytorch's default
+_QK_NORM = {'qk_norm': True}
 _BEFORE_1_4 = {'norm_after_mean': True}
 _BEFORE_1_0 = {'patch_norm': False, **_BEFORE_1_4}
 
@@ -42,15 +45,75 @@ class SimpleViTWay(Way):
     TO_OUT = 'to_out'
     SECOND_LINEAR = 'net.3'
     POOLS: ClassVar[Mapping[str, str]] = {**Way.POOLS, 'cls': 'the first token'}
+    RIGHT: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def right(cls, model: Any, tensors: Mapping[str, np.ndarray]) -> 'SimpleViTWay':
         table = np.asarray(model.pos_embedding(), np.float64)
         final_norm = None if model.norm_after_mean else 'transformer.norm'
-        return cls(model, {**tensors, 'pos_embedding': table}, model.heads, final_norm=final_norm)
+        kind = RegistersWay if model.num_register_tokens else QKNormWay if model.qk_norm else cls
+        return kind(model, {**tensors, 'pos_embedding': table}, model.heads, final_norm=final_norm, **kind.RIGHT)
 
     def position_mistakes(self) -> dict[str, np.ndarray]:
         return table_mistakes(self.model, self.tensors['pos_embedding'])
+
+
+@dataclass(frozen=True)
+class RegistersWay(SimpleViTWay):
+    """With register tokens."""
+
+    POOLS: ClassVar[Mapping[str, str]] = {**SimpleViTWay.POOLS, 'patches': 'the mean of the patches'}
+    RIGHT: ClassVar[Mapping[str, Any]] = {'pool': 'patches'}
+
+    registers: str = 'last'  # of the tokens
+
+    def embedded(self, x: np.ndarray) -> np.ndarray:
+        tokens = [super().embedded(x), self.tensors['register_tokens']]
+        return np.concatenate(tokens if self.registers == 'last' else tokens[::-1])
+
+    def pools(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        return {**super().pools(x), 'patches': x[: len(self.tensors['pos_embedding'])]}
+
+    def branch_mistakes(self, part: str) -> Iterator[Mistake]:
+        if part == 'transformer.layers.0.0':
+            yield Mistake('with the register tokens first instead of last', {'registers': 'first'})
+
+
+@dataclass(frozen=True)
+class QKNormWay(SimpleViTWay):
+    """With normalised queries and keys."""
+
+    RIGHT: ClassVar[Mapping[str, Any]] = {'scale': 1.0}
+
+    qk_epsilon: float = 0.0  # beside the mean of the squares
+
+    def normalised(self, x: np.ndarray, name: str) -> np.ndarray:
+        if 'qk_norm' in self.left_out:
+            return x
+        squares = (x**2).mean if 'factor' not in self.left_out else (x**2).sum
+        return x / np.sqrt(squares(axis=-1, keepdims=True) + self.qk_epsilon) * self.tensors[f'{name}.gamma']
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        return self.norm(x, self.model.HEAD) if self.model.num_classes else x
+
+    def mistakes_of_heads(self, part: str, inner_dim: int, tokens: int) -> Iterator[Mistake]:
+        """The gammas tell how many there are."""
+        yield from ()
+
+    def branch_mistakes(self, part: str) -> Iterator[Mistake]:
+        if part.endswith('.0'):
+            called, dim_head = 'queries and keys', self.model.dim_head
+            yield Mistake(f'without the normalisation of {called}', {'left_out': frozenset({'qk_norm'})})
+            yield Mistake(
+                f"without gamma's factor {dim_head}**0.5 (dim_head) in {called}", {'left_out': frozenset({'factor'})}
+            )
+            yield Mistake(
+                f'with the scale {dim_head}**-0.5 (dim_head), although {called} are normalised',
+                {'scale': dim_head**-0.5},
+            )
+            yield Mistake(
+                f"with an epsilon of 1e-06 (flax's default) in the normalisation of {called}", {'qk_epsilon': 1e-6}
+            )
 
 
 class SimpleViTArchitecture(Architecture):
@@ -59,15 +122,20 @@ class SimpleViTArchitecture(Architecture):
     model = SimpleViT
     torch_classes = (
         'vit_pytorch.simple_vit.SimpleViT',
+        'vit_pytorch.simple_vit_with_register_tokens.SimpleViT',
+        'vit_pytorch.simple_vit_with_qk_norm.SimpleViT',
         'vit_pytorch.simple_vit_with_patch_dropout.SimpleViT',
         'vit_pytorch.simple_flash_attn_vit.SimpleViT',
     )
     layouts = (
         Layout('S3', SimpleViT, '1.4.1 and later'),
+        Layout('S3R', SimpleViT, '1.5.0 and later, with register tokens', _REGISTERS, mark='register_tokens'),
+        Layout('S3Q', SimpleViT, '1.4.2 and later, with query-key normalisation', _QK_NORM, mark='q_norm.gamma'),
         Layout('S1', SimpleViT, '1.0.0 to 1.2.9', _BEFORE_1_4),
         Layout('S0', SimpleViT, '0.35.0 to 0.40.2', _BEFORE_1_0),
         Layout('B-cos', SimpleViT, '0.35.0 to 0.40.2, under the names of B-cos/B-cos-v2', _BEFORE_1_0, _B_COS),
     )
+    axes = (*Architecture.axes, Axis('heads'), Axis('dim_head'), Axis('num_register_tokens'))
     tables = frozenset({'pos_embedding'})  # where somebody made it a buffer
     attention_maps = (AttentionMap('attend', 'attend'),)
     way = SimpleViTWay
@@ -77,6 +145,24 @@ class SimpleViTArchitecture(Architecture):
         if layout.id != 'B-cos' or model.image_size != 224:
             return None
         return prepared(model, 256, 'bilinear', (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    def computes(self, layout: Layout, model: Any) -> bool:
+        return super().computes(layout, model.clone(**_REGISTERS) if model.num_register_tokens else model)
+
+    def fields_of_probe(self, told: Mapping[str, Any], depth: int) -> dict[str, Any]:
+        fields = super().fields_of_probe(told, depth)
+        return fields | ({'num_classes': fields['dim']} if fields.get('qk_norm') else {})
+
+    def quantities(self, model: Any) -> dict[str, int]:
+        names = 'dim_head', 'num_register_tokens'
+        return super().quantities(model) | {name: getattr(model, name) for name in names}
+
+    def told_by_sizes(
+        self, fields: Mapping[str, Field], sizes: Mapping[str, int], defaults: Mapping[str, Any]
+    ) -> dict[str, Field]:
+        """A head of its own says how many classes there are; the LayerNorm of `qk_norm` has no other size than dim."""
+        found = super().told_by_sizes(fields, sizes, defaults)
+        return {'num_classes': Field(sizes['dim'], 'inferred', 'the head, which is a LayerNorm'), **found}
 
     def known_fields(self, module: Any) -> dict[str, Any]:
         fields = super().known_fields(module)
@@ -106,11 +192,16 @@ class SimpleViTArchitecture(Architecture):
         how: Any = 'assumed' if patch_size.how == 'assumed' else 'inferred'
         return {} if image_size else {'image_size': Field(told, how, why)}
 
+    def torch_name(self, model: Any) -> str:
+        kind = 'qk_norm' if model.qk_norm else 'register_tokens' if getattr(model, 'num_register_tokens', 0) else ''
+        return f'vit_pytorch.simple_vit_with_{kind}.SimpleViT' if kind else super().torch_name(model)
+
     def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
         """With the port's position table, compared apart: PyTorch's depends on the processor in the last bits."""
         import torch
 
-        module = super().torch_module(model, arguments)
+        registers = {'num_register_tokens': model.num_register_tokens} if model.num_register_tokens else {}
+        module = super().torch_module(model, {**arguments, **registers})
         module.pos_embedding = torch.from_numpy(model.pos_embedding())
         return module
 
@@ -126,7 +217,7 @@ class SimpleViTArchitecture(Architecture):
         return model.pos_embedding(), exact, table_mistakes(model, exact)
 
     def alternatives(self, model: Any) -> Iterator[dict[str, Any]]:
-        yield from other_heads(model)
+        yield from () if model.qk_norm else other_heads(model)
 
 
 def sincos_grid(table: np.ndarray) -> tuple[int, int]:

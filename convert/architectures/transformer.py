@@ -25,17 +25,21 @@ class TransformerArchitecture(Architecture):
     """The Transformer of `whole`, whose Flax model makes its own by `transformer_alone`."""
 
     blocks = 'layers'
-    SIZES = frozenset({'dim', 'mlp_dim', 'heads', 'heads x dim_head'})
+    SIZES = frozenset({'1', 'dim', 'mlp_dim', 'heads', 'dim_head', 'heads x dim_head'})
 
     def __init__(self, whole: Architecture) -> None:
         self.whole = whole
         self.model = whole.model.TRANSFORMER
-        self.torch_classes = (f'{whole.torch_classes[0].rpartition(".")[0]}.Transformer',)
+        wholes = [layout.model(**whole.fields_of_probe(layout.fields, 1)) for layout in whole.layouts]
+        self.torch_classes = tuple(dict.fromkeys(map(self.torch_name, wholes)))
         self.axes = tuple(axis for axis in whole.axes if axis.quantity in self.SIZES)
         self.probe = {name: whole.probe[name] for name in ('dim', 'mlp_dim', 'heads', 'dim_head')}
         self.attention_maps = whole.attention_maps
         self.assumed = whole.assumed & self.own_fields().keys()
         self.layouts = tuple(map(self.layout_alone, whole.layouts))
+
+    def torch_name(self, model: Any) -> str:
+        return f'{self.whole.torch_name(model).rpartition(".")[0]}.Transformer'
 
     def own_fields(self) -> dict[str, Any]:
         """The fields that have a default and say what is computed."""
@@ -48,7 +52,7 @@ class TransformerArchitecture(Architecture):
 
     def layout_alone(self, layout: Layout) -> TransformerLayout:
         """What becomes of a layout of the whole."""
-        whole = layout.model(**{**self.whole.probe, 'depth': 1, **layout.fields})
+        whole = layout.model(**self.whole.fields_of_probe(layout.fields, 1))
         alone, of_whole = whole.transformer_alone(), {field.name for field in dataclasses.fields(whole)}
         fields = {
             name: value
@@ -74,7 +78,9 @@ class TransformerArchitecture(Architecture):
 
     def quantities(self, model: Any) -> dict[str, int]:
         return {
+            '1': 1,
             'heads': model.heads,
+            'dim_head': model.dim_head,
             'dim': model.dim,
             'mlp_dim': model.mlp_dim,
             'heads x dim_head': model.heads * model.dim_head,
@@ -97,7 +103,7 @@ class TransformerArchitecture(Architecture):
     def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
         import torch
 
-        module = self.torch_class()(**arguments)
+        module = self.torch_class(model)(**arguments)
         if not model.final_norm:
             module.norm = torch.nn.Identity()
         return self.whole.as_released(module, model)

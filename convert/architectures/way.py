@@ -17,6 +17,7 @@ def to_tf32(x: np.ndarray) -> np.ndarray:
     return ((bits + 0xFFF + ((bits >> 13) & 1)) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+ADDED = 'pos_embedding', 'cls_token', 'register_tokens'  # to the tokens, before the first block
 MAPS = 2**26  # numbers of attention maps that are held to try other heads
 ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     'float64': lambda x: x,
@@ -91,14 +92,14 @@ class Way:
         """The beginnings of the names of the parameters that a part depends on."""
         if part.startswith('to_patch_embedding'):
             return ('to_patch_embedding.',)
-        positions = ('pos_embedding', 'cls_token') if part == 'transformer.layers.0.0' else ()
+        positions = ADDED if part == 'transformer.layers.0.0' else ()
         ends = {'to_latent': ('transformer.norm.',), '': (f'{model.HEAD}.',)}
         return ends.get(part, (f'{part}.', *positions))
 
     @classmethod
     def for_part(cls, model: Any, tensors: Mapping[str, np.ndarray], part: str) -> 'Way':
         """PyTorch's way, with the tensors that the part and the tokens before it need."""
-        needed = (*cls.owned(model, part), 'pos_embedding', 'cls_token')
+        needed = (*cls.owned(model, part), *ADDED)
         if part == 'to_latent':
             needed += (f'{model.HEAD}.0.',)  # the norm that may be taken before pooling by mistake
         exact = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items() if name.startswith(needed)}
@@ -160,6 +161,7 @@ class Way:
     def attention(self, x: np.ndarray, name: str) -> np.ndarray:
         qkv = self.linear(self.norm(x, f'{name}.norm'), f'{name}.to_qkv')
         q, k, v = rearrange(qkv, 'n (qkv h d) -> qkv h n d', qkv=3, h=self.heads)
+        q, k = self.normalised(q, f'{name}.q_norm'), self.normalised(k, f'{name}.k_norm')
         dots = self.product(q, k.swapaxes(1, 2)) * (self.scale or q.shape[-1] ** -0.5)
         rounded = ROUNDINGS[self.softmax](dots)
         attn = np.exp(rounded - rounded.max(axis=self.softmax_axis, keepdims=True))
@@ -168,6 +170,10 @@ class Way:
         joined = out.reshape(len(x), -1) if self.join == 'reshape' else rearrange(out, f'h n d -> {self.join}')
         projection = f'{name}.{self.TO_OUT}'
         return self.linear(joined, projection) if f'{projection}.weight' in self.tensors else joined
+
+    def normalised(self, x: np.ndarray, name: str) -> np.ndarray:
+        """What becomes of queries or keys (heads, tokens, dim_head) before they are multiplied."""
+        return x
 
     def reattended(self, attn: np.ndarray, name: str) -> np.ndarray:
         """What becomes of the softmax (heads, queries, keys) before it is multiplied by the values."""
@@ -180,8 +186,12 @@ class Way:
     def pooled(self, x: np.ndarray) -> np.ndarray:
         if self.final_norm and self.norm_when == 'before':
             x = self.norm(x, self.final_norm)
-        x = {'cls': x[:1], 'mean': x, 'last': x[-1:], 'mean of the others': x[1:]}[self.pool].mean(axis=0)
+        x = self.pools(x)[self.pool].mean(axis=0)
         return self.norm(x, self.final_norm) if self.final_norm and self.norm_when == 'after' else x
+
+    def pools(self, x: np.ndarray) -> dict[str, np.ndarray]:
+        """The tokens whose mean each of POOLS is."""
+        return {'cls': x[:1], 'mean': x, 'last': x[-1:], 'mean of the others': x[1:]}
 
     def logits(self, x: np.ndarray) -> np.ndarray:
         if not self.model.num_classes:

@@ -142,7 +142,7 @@ def _mistakes_of_attention(way: Way, tensors: Mapping[str, np.ndarray], part: st
         for size, what in roots.items()
         if size**-0.5 != right
     }
-    for words, scale in scales.items():
+    for words, scale in scales.items() if way.scale != 1 else ():  # where queries and keys are normalised
         # as good as the wrong scale: queries that are larger by as much
         factors = np.where(np.arange(3 * inner_dim) < inner_dim, scale / right, 1.0)
         yield Mistake(words, tensors=of_rows(rows * factors[:, None]))

@@ -63,11 +63,9 @@ def template(
     return {pattern(name): axes for name, (_, axes) in leaves(layout, 1, head=head, told=dict(told)).items()}
 
 
-@cache
 def _head(layout: Layout) -> str:
     """The name of the module that is the head; '' where there is none."""
-    last = next((name for name, axes in template(layout).items() if len(axes) == 2 and Axis('num_classes') in axes), '')
-    return last.partition('.')[0]
+    return architecture_of(layout.model).model.HEAD or ''
 
 
 @cache
@@ -130,7 +128,7 @@ class Fit:
         strangers = sorted({name.partition('.')[0] for name in self.different if not _is_part(name, head)})
         named = ', '.join(name[:MOST_LETTERS] for name in strangers[:MOST_LINES])
         if not strangers:
-            cut_off = self.different == {name for name in self.names if _is_part(name, head)}
+            cut_off = not any(_is_part(name, head) for name in self.found)
             is_there = 'missing: num_classes=0' if cut_off else 'another one: num_classes=0 leaves it out and'
             return f'Only the head, {head}, is {is_there} converts the rest, to give the pooled features.'
         extra = self.different - self.names

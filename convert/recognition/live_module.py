@@ -112,9 +112,10 @@ def check_parts(module: Any) -> None:
         if type(part).__name__ == 'Attention':
             heads = first_attention(module).heads
             dim_head = part.to_qkv.out_features // 3 / heads
-            if part.heads != heads or part.scale != dim_head**-0.5:
+            scale = getattr(part, 'scale', dim_head**-0.5)  # it has none where queries and keys are normalised
+            if part.heads != heads or scale != dim_head**-0.5:
                 raise ConversionError(
-                    f'{name} has heads={part.heads} and scale={part.scale}, but in {what} whose first block has '
+                    f'{name} has heads={part.heads} and scale={scale}, but in {what} whose first block has '
                     f'heads={heads} every block has these, and scale={dim_head**-0.5} ({dim_head:g}**-0.5): another '
                     'function.'
                 )

@@ -28,8 +28,11 @@ RELATIVES = (
     Relative('SimpleUViT (vit_pytorch.simple_uvit)', r'layers\.\d+\.2\.1\.weight'),
     Relative('SimpleViT with hyper-connections (simple_vit_with_hyper_connections)', r'dynamic_alpha_fn'),
     Relative('SimpleViT with sparse gating (simple_vit_with_sparse_gating)', r'to_qkv_and_mask\.weight'),
-    Relative('SimpleViT with register tokens (simple_vit_with_register_tokens)', r'register_tokens'),
-    Relative('SimpleViT with query-key normalisation (simple_vit_with_qk_norm)', r'[qk]_norm\.gamma'),
+    Relative(
+        'SimpleViT with register tokens and query-key normalisation, which no release of vit-pytorch has',
+        r'register_tokens',
+        beside=r'q_norm\.gamma',
+    ),
     Relative('SimpleViT with Fourier features (simple_vit_with_fft)', r'to_freq_embedding\.\d\.weight'),
     Relative('SimpleViT with value residuals (simple_vit_with_value_residual)', r'to_(value_)?residual_mix\.0\.weight'),
     Relative(
@@ -46,6 +49,7 @@ RELATIVES = (
         'leaves it out, to give the pooled features)',
         r'linear_head\.weight',
         dimensions=1,
+        without=r'q_norm\.gamma',
     ),
     # of its ViT
     Relative('ViT (vit_pytorch.vit_with_keel_post_ln)', r'post_norms\.\d+\.weight'),

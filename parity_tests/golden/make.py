@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from flax_vit.simple_vit import posemb_sincos_2d
-from parity_tests.support.reference import perturbed
+from parity_tests.support.reference import QK_NORM, REGISTERS, perturbed
 
 FOLDER = Path(__file__).parent
 # All sizes differ that could be taken for each other. DeepViT's images are square.
@@ -43,8 +43,8 @@ BEFORE: dict[tuple[int, ...], dict[str, Any]] = {
     (0, 4, 0): {'dim_head': None, 'heads': 2},
     (0, 5, 0): {'pool': None},
 }
-# Golden file -> the release that makes it, its module and class.
-GOLDEN = {
+# Golden file -> the release that makes it, its class, and the file where that has another name.
+GOLDEN: dict[str, tuple[str, ...]] = {
     'S0-0.35.0': ('0.35.0', 'SimpleViT'),
     'S0-0.40.2': ('0.40.2', 'SimpleViT'),
     'B-cos': ('0.40.2', 'SimpleViT'),
@@ -52,6 +52,8 @@ GOLDEN = {
     'S1-1.2.9': ('1.2.9', 'SimpleViT'),
     'S2-1.4.0': ('1.4.0', 'SimpleViT'),
     'S3-1.4.1': ('1.4.1', 'SimpleViT'),
+    'S3R-1.5.0': ('1.5.0', 'SimpleViT', REGISTERS),
+    'S3Q-1.4.2': ('1.4.2', 'SimpleViT', QK_NORM),
     'D0-0.9.0': ('0.9.0', 'DeepViT'),
     'D0-0.40.2': ('0.40.2', 'DeepViT'),
     'D1-1.4.2': ('1.4.2', 'DeepViT'),
@@ -144,9 +146,9 @@ def random_images(fields: Mapping[str, Any], batch: int = 3) -> np.ndarray:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for name, (version, model) in GOLDEN.items():
+        for name, (version, model, *file) in GOLDEN.items():
             fields = arguments_of(model, version)
-            module = perturbed(architecture(download(Path(folder), version), model)(**fields))
+            module = perturbed(architecture(download(Path(folder), version), model, *file)(**fields))
             state_dict = dict(module.state_dict())
             if name == 'B-cos':
                 state_dict = {

@@ -33,6 +33,8 @@ CASES = [
     *((name, way) for name in MODELS for way in WAYS),
     ('deep-smaller-oblong', 'plain'),
     ('simple-one-of-each', 'plain'),
+    ('registers-oblong', 'scanned-in-chunks'),
+    ('qk-norm-oblong', 'scanned-in-chunks'),
     ('vit-oblong', 'plain'),
     ('vit-smaller-oblong', 'scanned-in-chunks'),
     ('vit-one-head-of-full-width', 'plain'),

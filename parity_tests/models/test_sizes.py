@@ -27,7 +27,7 @@ def test_as_many_parameters_as_in_pytorch(name: str) -> None:
     model = flax_vit.named(name)
     fields = ('image_size', 'patch_size', 'num_classes', 'dim', 'depth', 'heads', 'mlp_dim')
     with torch.device('meta'):
-        module = architecture_of(model).torch_class()(**{field: getattr(model, field) for field in fields})
+        module = architecture_of(model).torch_class(model)(**{field: getattr(model, field) for field in fields})
     assert parameters(model) == sum(parameter.numel() for parameter in module.parameters())
 
 

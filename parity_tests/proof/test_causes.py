@@ -36,6 +36,8 @@ from parity_tests.proof.test_slips import (
     DROPOUT_SLIPS,
     MODELS,
     SIMPLE,
+    SIMPLE_WITH_QK_NORM,
+    SIMPLE_WITH_REGISTERS,
     SLIPS,
     VIT,
     VIT_MEAN,
@@ -259,6 +261,56 @@ def swap_table(port: Port, function: Callable[[np.ndarray], np.ndarray]) -> None
     submodules(port, 'transformer', swapped)
 
 
+@named('block 0 attention: matches with the register tokens first instead of last', SIMPLE_WITH_REGISTERS)
+def registers_first(port: Port) -> None:
+    port.intercept('transformer', lambda call, x, keywords: call(jnp.roll(x, 5, axis=1), **keywords))
+
+
+@named(
+    'pooled features: matches if pooled by the mean of all tokens instead of the mean of the patches',
+    SIMPLE_WITH_REGISTERS,
+)
+def registers_pooled(port: Port) -> None:
+    def mean(call: Any, x: Any, keywords: Any) -> Any:
+        x = call(x, **keywords)
+        return jnp.broadcast_to(x.mean(axis=1, keepdims=True), x.shape)
+
+    port.intercept('transformer', mean)
+
+
+@named('block 0 attention: matches without the normalisation of queries and keys', SIMPLE_WITH_QK_NORM)
+def queries_and_keys_not_normalised(port: Port) -> None:
+    normalised(port, lambda x, gamma: x)
+
+
+@named("block 0 attention: matches without gamma's factor 6**0.5 (dim_head) in queries and keys", SIMPLE_WITH_QK_NORM)
+def gamma_without_its_factor(port: Port) -> None:
+    normalised(port, lambda x, gamma: x / jnp.linalg.norm(x, axis=-1, keepdims=True) * gamma)
+
+
+@named(
+    "block 0 attention: matches with an epsilon of 1e-06 (flax's default) in the normalisation of queries and keys",
+    SIMPLE_WITH_QK_NORM,
+)
+def epsilon_of_flax_in_queries_and_keys(port: Port) -> None:
+    normalised(port, lambda x, gamma: nn.RMSNorm(use_scale=False).apply({}, x) * gamma)
+
+
+@named(
+    'block 0 attention: matches with the scale 6**-0.5 (dim_head), although queries and keys are normalised',
+    SIMPLE_WITH_QK_NORM,
+)
+def normalised_queries_scaled(port: Port) -> None:
+    port.intercept('q_norm', lambda call, x, keywords: call(x) / 6**0.5)
+
+
+def normalised(port: Port, function: Callable[[Any, Any], Any]) -> None:
+    """The port normalises queries and keys so."""
+    for name in ('q_norm', 'k_norm'):
+        gamma = port.params[f'transformer/layers_0_0/{name}/gamma']
+        port.intercept(name, lambda call, x, keywords, gamma=gamma: function(x, gamma))
+
+
 @named('pooled features: matches if pooled by the mean of all tokens but the first instead of the first token', VIT)
 def pooled_by_the_mean_of_the_patches(port: Port) -> None:
     def mean(call: Any, x: Any, keywords: Any, module: Any) -> Any:
@@ -437,7 +489,11 @@ def test_parts_of_older_releases_and_without_head(
     assert_parts_right(model, source, images[0], outputs)
 
 
-@pytest.mark.parametrize('configuration', [DEEP, SIMPLE, VIT, VIT_MEAN], ids=['DeepViT', 'SimpleViT', 'ViT', 'mean'])
+@pytest.mark.parametrize(
+    'configuration',
+    [DEEP, SIMPLE, SIMPLE_WITH_REGISTERS, SIMPLE_WITH_QK_NORM, VIT, VIT_MEAN],
+    ids=['DeepViT', 'SimpleViT', 'registers', 'qk-norm', 'ViT', 'mean'],
+)
 def test_mistakes_differ(configuration: Configuration, float64: None) -> None:
     """No two mistakes give the same output, so that whatever is named is named rightly."""
     module, images = pytorch(configuration), random_images(configuration, batch=1)

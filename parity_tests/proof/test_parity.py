@@ -43,6 +43,7 @@ from parity_tests.support.reference import (
 from parity_tests.support.slow import slow_but
 
 ODD = {'deep-plain', 'deep-smaller-oblong', 'simple-oblong-patches', 'vit-oblong', 'vit-one-head-of-full-width'}
+ODD |= {'registers-oblong', 'qk-norm-oblong'}
 every_configuration = pytest.mark.parametrize('name', slow_but(ODD, CONFIGURATIONS))
 both_models = pytest.mark.parametrize('name', ['deep-plain', 'simple-oblong-patches'])
 

@@ -35,13 +35,24 @@ ASKED = {
 }
 RELEASES = {
     'S0': '0.35.0 to 0.40.2', 'B-cos': '0.35.0 to 0.40.2, under the names of B-cos/B-cos-v2', 'S1': '1.0.0 to 1.2.9',
-    'S3': '1.4.1 and later', 'D0': '0.9.0 to 0.40.2', 'D1': '1.0.0 to 1.4.2', 'D2': '1.4.3 and later',
+    'S3': '1.4.1 and later', 'S3R': '1.5.0 and later, with register tokens',
+    'S3Q': '1.4.2 and later, with query-key normalisation',
+    'D0': '0.9.0 to 0.40.2', 'D1': '1.0.0 to 1.4.2', 'D2': '1.4.3 and later',
     'V0a': '0.2.0', 'V0b': '0.2.1', 'V0': '0.2.2 to 0.2.7', 'V1': '0.3.0 to 0.6.6', 'V2': '0.6.7 to 0.6.8',
     'V3': '0.7.0 to 0.9.3', 'V4': '0.10.1 to 0.40.2', 'V5': '1.0.0 to 1.2.9', 'V6': '1.4.0 to 1.16.0', 'V7': '1.16.0',
     'V8': '1.16.1 and later',
 }  # fmt: skip
 # Every layout that can hold what the model computes, the newest first.
-ABLE = {'S0': ['S0', 'B-cos'], 'S1': ['S1'], 'S3': ['S3'], 'D0': ['D0'], 'D1': ['D2', 'D1'], 'D2': ['D2', 'D1']}
+ABLE = {
+    'S0': ['S0', 'B-cos'],
+    'S1': ['S1'],
+    'S3': ['S3'],
+    'S3R': ['S3R'],
+    'S3Q': ['S3Q'],
+    'D0': ['D0'],
+    'D1': ['D2', 'D1'],
+    'D2': ['D2', 'D1'],
+}
 ABLE |= {'B-cos': ABLE['S0'], 'V1': ['V1'], 'V5': ['V5'], 'V6': ['V6']}  # the ViTs' pool is the mean
 ABLE |= {name: ['V0', 'V0b', 'V0a'] for name in ('V0', 'V0b', 'V0a')}
 ABLE |= {name: ['V4', 'V3', 'V2'] for name in ('V2', 'V3', 'V4')}
@@ -60,7 +71,7 @@ def layout_of(name: str) -> str:
 
 def arguments(name: str) -> dict[str, Any]:
     """What the release was built with."""
-    version, model = GOLDEN[name]
+    version, model, *_ = GOLDEN[name]
     return arguments_of(model, version)
 
 
@@ -99,6 +110,7 @@ def test_a_release_is_recognised_and_computed(name: str, float64: None) -> None:
     model, variables = convert.from_torch(FOLDER / f'{name}.pt', **fields_of(name), param_dtype='float64')
     old = OLD_VIT.get(layout_of(name)) or {'patch_norm': name[0:2] not in ('S0', 'B-', 'D0')}
     old |= {'norm_after_mean': name[0:2] in ('S0', 'B-', 'S1')} if isinstance(model, SimpleViT) else {}
+    old |= {'S3R': {'num_register_tokens': 4}, 'S3Q': {'qk_norm': True, 'num_classes': 8}}.get(layout_of(name), {})
     fields = {'dim_head': 4} | arguments(name) | old  # ViT's first releases had dim / heads
     assert model == type(model)(**fields, param_dtype=np.dtype('float64'))
     _, truth = golden(name)

@@ -217,9 +217,10 @@ def test_export_writes_what_their_code_reads(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r'should end in \.npz: what reads an OfficialSimpleViT'):
         export(tmp_path / 'simple', tmp_path / 'a.pt')
     tensors = of_dvit_repo('dvit-S')
-    save_pretrained(tmp_path / 'deep', *convert.from_torch(tensors, **TOLD['dvit-S']))
+    model, variables = convert.from_torch(tensors, **TOLD['dvit-S'])
+    save_pretrained(tmp_path / 'deep', model, variables)
     export(tmp_path / 'deep', tmp_path / 'a.pt')
-    module = architecture_of(OfficialDeepViT).torch_class()
+    module = architecture_of(model).torch_class(model)
     assert module.__module__ == 'convert.references.deep_vit'
     written = torch.load(tmp_path / 'a.pt', weights_only=True)
     assert same({key: tensor.numpy() for key, tensor in written.items()}, {

@@ -9,6 +9,7 @@ import pkgutil
 import re
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from convert.architectures import ARCHITECTURES, layouts_of_all, model_names
 from convert.recognition.layouts import best_fit
 from convert.recognition.live_module import ported
 from convert.recognition.relatives import RELATIVES, relative
+from parity_tests.support.reference import CONFIGURATIONS, pytorch
 
 SIZES: dict[str, Any] = {
     'image_size': 32, 'image_height': 32, 'image_width': 32, 'input_shape': (32, 32), 'seq_len': 16, 'frames': 4,
@@ -135,8 +137,6 @@ TOLD = {
     'simple_vit_orthog_residual_update.SimpleViT': 'simple_vit_orthog_residual_update',
     'simple_vit_with_fft.SimpleViT': 'simple_vit_with_fft',
     'simple_vit_with_hyper_connections.SimpleViT': 'simple_vit_with_hyper_connections',
-    'simple_vit_with_qk_norm.SimpleViT': 'simple_vit_with_qk_norm',
-    'simple_vit_with_register_tokens.SimpleViT': 'simple_vit_with_register_tokens',
     'simple_vit_with_relative_proj_pos_bias.SimpleViT': 'simple_vit_with_relative_proj_pos_bias',
     'simple_vit_with_sparse_gating.SimpleViTWithSparseGating': 'simple_vit_with_sparse_gating',
     'simple_vit_with_specialized_cls.SimpleViT': 'simple_vit_with_specialized_cls',
@@ -192,6 +192,51 @@ def test_every_class_that_is_not_built_is_accounted_for() -> None:
         'vit_pytorch.distill.DistillableViT'
     }
     assert len(OTHERS) > 60
+
+
+# ---- the two relatives of SimpleViT that are converted
+
+
+@pytest.mark.parametrize('name', ['registers-oblong', 'qk-norm-oblong'])
+def test_from_a_module_a_state_dict_and_a_file_and_back(name: str, tmp_path: Path) -> None:
+    """The module tells all; what is written back, PyTorch's class loads strictly, with every bit."""
+    configuration = CONFIGURATIONS[name]
+    module = pytorch(configuration, torch.float32)
+    model, variables = convert.from_torch(module)
+    names = ['image_size', 'patch_size', 'channels', *([] if model.qk_norm else ['heads'])]
+    told = {field: configuration.fields[field] for field in names}
+    wrapped = {'epoch': 3, 'state_dict': {f'module.{key}': tensor for key, tensor in module.state_dict().items()}}
+    torch.save(wrapped, tmp_path / 'a.pt')
+    for source in (module.state_dict(), tmp_path / 'a.pt'):
+        assert inspect(source, **told).model == model
+    assert inspect(module, part='transformer').model == model.transformer_alone()
+    back = {key: torch.from_numpy(array) for key, array in convert.to_torch(model, variables).items()}
+    new = type(module)(**configuration.fields)
+    new.load_state_dict(back)
+    assert all(torch.equal(tensor, back[key]) for key, tensor in module.state_dict().items())
+
+
+def test_qk_norm_tells_the_heads_and_no_classes() -> None:
+    tensors = pytorch(CONFIGURATIONS['qk-norm-oblong'], torch.float32).state_dict()
+    assert 'heads=7 contradicts the weights: it is 5 by their shapes' in refusal(tensors, heads=7)
+    told = {'image_size': (12, 20), 'patch_size': (3, 5), 'channels': 2}
+    with pytest.raises(ConversionError, match='the head is a LayerNorm, .* must be dim, 24, or 0 .* not 5'):
+        convert.from_torch(tensors, **told, num_classes=5)
+    tensors['linear_head.weight'], tensors['linear_head.bias'] = torch.zeros(5, 24), torch.zeros(5)
+    assert 'Only the head, linear_head, is another one: num_classes=0' in refusal(tensors)
+    assert convert.inspect(tensors, **told, num_classes=0).model.num_classes == 0
+
+
+QK = weights('simple_vit_with_qk_norm.SimpleViT')
+BOTH = QK | {'register_tokens': np.zeros((4, 16), np.float32)}
+
+
+def test_both_at_once_are_of_no_release() -> None:
+    assert refusal(BOTH).startswith('This is SimpleViT with register tokens and query-key normalisation, which no rel')
+    model, variables = convert.from_torch(QK, image_size=32)
+    variables = {'params': {**variables['params'], 'register_tokens': np.zeros((4, 16), np.float32)}}
+    with pytest.raises(ConversionError, match='No release of vit-pytorch computes what this SimpleViT does'):
+        convert.to_torch(model.clone(num_register_tokens=4), variables)
 
 
 # ---- others' models
@@ -278,5 +323,5 @@ def test_a_relative_beside_a_model_does_not_hide_what_the_model_lacks() -> None:
 @pytest.mark.parametrize('row', RELATIVES, ids=lambda row: row.what[:40])
 def test_every_row_of_the_table_is_shown_by_a_test(row: Any) -> None:
     shown = [weights(name) for name in TOLD] + list(OTHER_MODELS.values())
-    shown.append({'linear_head.weight': np.ones(3)})
+    shown += [{'linear_head.weight': np.ones(3)}, BOTH]
     assert any(row.what in (relative({name: t.shape for name, t in tensors.items()}) or '') for tensors in shown)

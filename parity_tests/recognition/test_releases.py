@@ -16,7 +16,7 @@ import torch
 import convert
 from convert import ConversionError
 from parity_tests.golden.make import FIELDS_OF, architecture, arguments_of, download, random_images, reference
-from parity_tests.support.reference import FLOAT64_BOUND, perturbed, relative_error
+from parity_tests.support.reference import FLOAT64_BOUND, QK_NORM, REGISTERS, perturbed, relative_error
 
 pytestmark = pytest.mark.releases
 
@@ -24,6 +24,11 @@ SIMPLE: dict[str, list[str | None]] = {
     'S0': ['0.35.0', '0.35.3', '0.40.2'],
     'S1': ['1.0.0', '1.2.4', '1.2.5', '1.2.9'],
     'S3': ['1.4.1', '1.18.0', '1.21.0', None],
+}
+# Others' files of a SimpleViT.
+FILES: dict[str, tuple[str, list[str | None]]] = {
+    'S3R': (REGISTERS, ['1.5.0', '1.6.0', None]),
+    'S3Q': (QK_NORM, ['1.4.2', '1.5.0', None]),
 }
 DEEP: dict[str, list[str | None]] = {
     'D0': ['0.9.0', '0.29.1', '0.30.0', '0.40.2'],
@@ -45,10 +50,13 @@ VITS: dict[str, list[str | None]] = {
     'V8': ['1.16.1', '1.19.4', None],
 }
 RELEASES = [
-    (model, layout, version)
-    for model, layouts in [('SimpleViT', SIMPLE), ('DeepViT', DEEP)]
-    for layout, versions in layouts.items()
-    for version in versions
+    *(
+        (model, layout, version, None)
+        for model, layouts in [('SimpleViT', SIMPLE), ('DeepViT', DEEP)]
+        for layout, versions in layouts.items()
+        for version in versions
+    ),
+    *(('SimpleViT', layout, version, file) for layout, (file, versions) in FILES.items() for version in versions),
 ]
 
 
@@ -73,15 +81,16 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return wheel
 
 
-@pytest.mark.parametrize(('model', 'layout', 'version'), RELEASES)
-def test_a_release(model: str, layout: str, version: str | None, wheels: Any, float64: None) -> None:
+@pytest.mark.parametrize(('model', 'layout', 'version', 'file'), RELEASES)
+def test_a_release(model: str, layout: str, version: str | None, file: str | None, wheels: Any, float64: None) -> None:
     """Its state dict and its live module convert to what it computes, and its names come back with every bit."""
-    module = perturbed(architecture(wheels(version), model)(**FIELDS_OF[model])).double()
+    module = perturbed(architecture(wheels(version), model, file)(**FIELDS_OF[model])).double()
     images = random_images(FIELDS_OF[model])
     state_dict = module.state_dict()
-    inspection = convert.inspect(state_dict, **FIELDS_OF[model])
+    fields = {**FIELDS_OF[model], **({'num_classes': FIELDS_OF[model]['dim']} if layout == 'S3Q' else {})}
+    inspection = convert.inspect(state_dict, **fields)
     assert inspection.layout.id == layout
-    port, variables = convert.from_torch(state_dict, **FIELDS_OF[model])
+    port, variables = convert.from_torch(state_dict, **fields)
     written = convert.to_torch(port, variables, layout=layout)
     assert {name: array.tobytes() for name, array in written.items()} == {
         name: tensor.numpy().tobytes() for name, tensor in state_dict.items()

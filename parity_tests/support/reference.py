@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import jax
@@ -11,9 +12,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import torch
-import vit_pytorch.deepvit
-import vit_pytorch.simple_vit
-import vit_pytorch.vit
 from einops import rearrange
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -38,6 +36,7 @@ class Configuration:
     fields: Mapping[str, Any]  # vit-pytorch's arguments
     image: tuple[int, int]  # height, width
     batch: int = 2
+    file: str = ''  # vit-pytorch's, where it is not that of the architecture's name
 
     @property
     def told(self) -> dict[str, Any]:
@@ -49,9 +48,13 @@ def deep_vit(image: tuple[int, int], **fields: Any) -> Configuration:
     return Configuration('DeepViT', fields, image)
 
 
-def simple_vit(**fields: Any) -> Configuration:
+def simple_vit(file: str = '', **fields: Any) -> Configuration:
     size = fields['image_size']
-    return Configuration('SimpleViT', fields, size if isinstance(size, tuple) else (size, size))
+    return Configuration('SimpleViT', fields, size if isinstance(size, tuple) else (size, size), file=file)
+
+
+REGISTERS = 'simple_vit_with_register_tokens'
+QK_NORM = 'simple_vit_with_qk_norm'
 
 
 def vit(image: tuple[int, int], **fields: Any) -> Configuration:
@@ -109,6 +112,22 @@ CONFIGURATIONS = {
     ),
     'simple-wide': simple_vit(
         image_size=(32, 48), patch_size=8, num_classes=100, dim=128, depth=4, heads=8, mlp_dim=192, dim_head=24
+    ),
+    'registers-oblong': simple_vit(
+        REGISTERS, image_size=(12, 20), patch_size=(3, 5), num_classes=7, dim=24, depth=3, heads=5, mlp_dim=9,
+        dim_head=8, channels=2, num_register_tokens=6,
+    ),
+    'registers-one-of-each': simple_vit(
+        REGISTERS, image_size=10, patch_size=5, num_classes=2, dim=8, depth=1, heads=1, mlp_dim=11, dim_head=8,
+        channels=1, num_register_tokens=1,
+    ),
+    'qk-norm-oblong': simple_vit(
+        QK_NORM, image_size=(12, 20), patch_size=(3, 5), num_classes=7, dim=24, depth=3, heads=5, mlp_dim=9,
+        dim_head=6, channels=2,
+    ),
+    'qk-norm-one-of-each': simple_vit(
+        QK_NORM, image_size=10, patch_size=5, num_classes=2, dim=8, depth=1, heads=1, mlp_dim=11, dim_head=8,
+        channels=1,
     ),
     'vit-plain': vit(
         (21, 21), image_size=21, patch_size=7, num_classes=5, dim=18, depth=2, heads=3, mlp_dim=13, dim_head=4
@@ -189,8 +208,8 @@ def perturbed(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def pytorch(configuration: Configuration, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.nn.Module:
     """vit-pytorch's module, perturbed. In float64 it gets the port's sincos table; the tables are compared apart."""
-    packages = {'DeepViT': vit_pytorch.deepvit, 'SimpleViT': vit_pytorch.simple_vit, 'ViT': vit_pytorch.vit}
-    package = packages[configuration.architecture]
+    files = {'DeepViT': 'deepvit', 'SimpleViT': 'simple_vit', 'ViT': 'vit'}
+    package = import_module(f'vit_pytorch.{configuration.file or files[configuration.architecture]}')
     module = getattr(package, configuration.architecture)(**configuration.fields).to(dtype)
     if configuration.architecture == 'SimpleViT' and dtype == torch.float64:
         module.pos_embedding = port_table(configuration)
