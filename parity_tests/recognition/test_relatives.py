@@ -220,7 +220,7 @@ def test_qk_norm_tells_the_heads_and_no_classes() -> None:
     tensors = pytorch(CONFIGURATIONS['qk-norm-oblong'], torch.float32).state_dict()
     assert 'heads=7 contradicts the weights: it is 5 by their shapes' in refusal(tensors, heads=7)
     told = {'image_size': (12, 20), 'patch_size': (3, 5), 'channels': 2}
-    with pytest.raises(ConversionError, match='the head is a LayerNorm, .* must be dim, 24, or 0 .* not 5'):
+    with pytest.raises(ConversionError, match=r'the head is a LayerNorm, .* must be dim, 24, or 0 .* not 5'):
         convert.from_torch(tensors, **told, num_classes=5)
     tensors['linear_head.weight'], tensors['linear_head.bias'] = torch.zeros(5, 24), torch.zeros(5)
     assert 'Only the head, linear_head, is another one: num_classes=0' in refusal(tensors)
@@ -233,7 +233,7 @@ BOTH = QK | {'register_tokens': np.zeros((4, 16), np.float32)}
 
 def test_both_at_once_are_of_no_release() -> None:
     assert refusal(BOTH).startswith('This is SimpleViT with register tokens and query-key normalisation, which no rel')
-    model, variables = convert.from_torch(QK, image_size=32)
+    model, variables = convert.from_torch(QK, image_size=32, patch_size=4)
     variables = {'params': {**variables['params'], 'register_tokens': np.zeros((4, 16), np.float32)}}
     with pytest.raises(ConversionError, match='No release of vit-pytorch computes what this SimpleViT does'):
         convert.to_torch(model.clone(num_register_tokens=4), variables)
