@@ -403,7 +403,7 @@ def of_each_image(
     x: Float[Array, 'batch tokens dim'], learned: Float[Array, '... count dim']
 ) -> Float[Array, 'batch count dim']:
     """Learned tokens, once for each of the images, in the dtype of their tokens `x`."""
-    return add(jnp.zeros((len(x), *learned.shape[-2:]), x.dtype), learned)
+    return add(jnp.zeros((x.shape[0], *learned.shape[-2:]), x.dtype), learned)
 
 
 def uniform(bound: float) -> Initializer:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_vit import from_pretrained, save_pretrained, to_nnx
+from flax_vit import export_serving, from_pretrained, save_pretrained, to_nnx
 from parity_tests.support.reference import QUICK
 from parity_tests.support.small_models import MODELS, assert_equal
 
@@ -28,18 +28,20 @@ def test_starts_as_pytorch_and_goes_anywhere(fields: dict[str, Any], tmp_path: P
     logits = jit(model.apply)(variables, IMAGES)
     half = jit(model.clone(dtype='bfloat16').apply)(variables, IMAGES)
     assert 0 < np.abs(half.astype(np.float32) - logits).max() < 0.1 * np.abs(logits).max()
+    export_serving(tmp_path / 'model.npz', model, variables, platforms=['cpu'])
     assert np.array_equal(jit(to_nnx(model, variables).__call__)(IMAGES), logits)
 
-    save_pretrained(tmp_path, model, variables)
-    same, read = from_pretrained(tmp_path)
+    folder = tmp_path / 'folder'
+    save_pretrained(folder, model, variables)
+    same, read = from_pretrained(folder)
     assert same == model
     assert_equal(read, variables)
-    larger, read = from_pretrained(tmp_path, image_size=(12, 8), num_classes=0)
+    larger, read = from_pretrained(folder, image_size=(12, 8), num_classes=0)
     assert jax.eval_shape(larger.apply, read, IMAGES.swapaxes(1, 2)).shape == (2, 16)
     if model.qk_norm:
         with pytest.raises(ValueError, match='num_classes must be dim, 16, or 0 for the pooled features, not 5'):
-            from_pretrained(tmp_path, num_classes=5)
+            from_pretrained(folder, num_classes=5)
     else:
         with pytest.warns(UserWarning, match='The head is new and untrained'):
-            _, read = from_pretrained(tmp_path, num_classes=5)
+            _, read = from_pretrained(folder, num_classes=5)
         assert read['params']['linear_head']['kernel'].shape == (16, 5)
