@@ -102,7 +102,7 @@ class Inspection:
         ]
         if unknown:
             raise ConversionError(
-                f'This is {with_article(str(self.layout))}; the weights do not tell all of it. Give these arguments:\n'
+                f'This is {with_article(str(self.layout))}; the weights are not enough. Give these arguments:\n'
                 + '\n'.join(unknown)
             )
         try:
@@ -230,8 +230,9 @@ def notes(inspection: Inspection) -> list[str]:
     messages = []
     if inspection.assumptions:
         messages.append(
-            f'The weights do not tell everything; assumed, as in {inspection.layout.source}: {inspection.assumptions}. '
-            'Give what you know as arguments.'
+            f'Not everything can be inferred from the weights; assumed, as in {inspection.layout.source}: '
+            f'{inspection.assumptions}. '
+            'Pass what you know as arguments.'
         )
     if inspection.unwrapped.left_aside:
         groups = '; '.join(f'{group}: {what}' for group, what in inspection.unwrapped.left_aside.items())
@@ -283,7 +284,7 @@ def floating_dtype(dtype: Any) -> np.dtype[Any]:
     except ValueError as error:
         raise ConversionError(str(error)) from error
     if found != jax.dtypes.canonicalize_dtype(found):
-        raise ConversionError(f"param_dtype={found} is not to be had: jax.config.update('jax_enable_x64', True) first.")
+        raise ConversionError(f"param_dtype={found} needs 64-bit mode: jax.config.update('jax_enable_x64', True).")
     return found
 
 

@@ -75,6 +75,6 @@ def named(name: str, **overrides: Any) -> Any:
     if name not in sizes:
         near = get_close_matches(name, sizes, 1)
         hint = f'do you mean {near[0]}?' if near else f'the names are {", ".join(sizes)}.'
-        raise ValueError(f'{name!r} is no size that has a name; {hint}')
+        raise ValueError(f'{name!r} is not the name of a size; {hint}')
     model, fields = sizes[name]
     return model(**{'num_classes': 1000, **fields, **overrides})

@@ -77,8 +77,8 @@ def check_options(model: Any) -> None:
     )
     if not (precision is None or algorithm or all(map(_is_precision, one_for_each))):
         raise ValueError(
-            f"{type(model).__name__}: precision={precision!r} is not to be had: give 'default', 'high', 'highest' or "
-            'another jax.lax.Precision, two of them, or a jax.lax.DotAlgorithmPreset.'
+            f"{type(model).__name__}: precision={precision!r} is not valid: use 'default', 'high', 'highest' or "
+            'another jax.lax.Precision, a pair of them, or a jax.lax.DotAlgorithmPreset.'
         )
 
 

@@ -440,7 +440,7 @@ def to_patches(
         kind = f'{type(images).__module__}.{type(images).__qualname__}'.removeprefix('builtins.')
         raise ValueError(
             f'{type(model).__name__} takes images as an array of JAX or NumPy, not a {kind}: numpy.asarray(images) '
-            'makes one of what lies in the memory of the CPU.'
+            'converts what is in the memory of the CPU.'
         )
     shape, asked = images.shape, model.image_format
     formats = [

@@ -62,7 +62,7 @@ def export_serving(
         raise ValueError(f'platforms must be some of {", ".join(PLATFORMS)}, not {", ".join(strangers) or "none"}.')
     check_variables(model, variables)
     if not is_ours(model):
-        raise ValueError('A Transformer alone is no program of images: export the model that you build of it.')
+        raise ValueError('A Transformer alone takes no images: export the model that you build with it.')
     weights = {'/'.join(path): np.asarray(array) for path, array in flatten_dict(variables).items()}
     wide = [name for name, array in weights.items() if array.dtype == np.float64]
     if wide:

@@ -186,7 +186,7 @@ class SimpleViT(Layer):
             raise ValueError(f'SimpleViT: dim must be a multiple of 4 for the sincos table, not {self.dim}.')
         if self.qk_norm and self.num_classes not in (0, self.dim):
             raise ValueError(
-                'SimpleViT: with qk_norm the head is a LayerNorm, as in vit-pytorch, and tells no classes: num_classes '
+                'SimpleViT: with qk_norm the head is a LayerNorm, as in vit-pytorch, and has no classes: num_classes '
                 f'must be dim, {self.dim}, or 0 for the pooled features, not {self.num_classes}.'
             )
         check_options(self)

@@ -78,7 +78,7 @@ def unstack_layers(variables: Any) -> Any:
                 result[path] = array
                 continue
             if depth is None:
-                raise ValueError(f'No array tells how many blocks {"/".join(path)} stands for.')
+                raise ValueError(f'It has no array, so the number of blocks is unknown: {"/".join(path)}.')
             at = path.index('blocks')
             parts: Any = array
             if isinstance(array, jax.ShapeDtypeStruct):

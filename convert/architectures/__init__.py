@@ -32,7 +32,7 @@ def architecture_of(model: nn.Module | type[nn.Module]) -> Architecture:
         if architecture.model is model_class:
             return architecture
     name = model_class.__name__
-    raise ConversionError(f'A {name} is no {model_names()} of flax_vit: there is no PyTorch model of it.')
+    raise ConversionError(f'{name} is not a model of flax_vit ({model_names()}): it has no PyTorch counterpart.')
 
 
 def transformers() -> list[Architecture]:

@@ -274,7 +274,7 @@ def explain(error: BaseException, status: int) -> None:
         said = f'{error.filename}: {error.strerror}' if isinstance(error, OSError) and error.filename else str(error)
         err.print('[red]Error:[/]', escape(said or 'there is not enough memory.'))
     else:
-        err.print('[red]Not foreseen:[/]', escape(f'{type(error).__name__}: {error}'))
+        err.print('[red]Unexpected error:[/]', escape(f'{type(error).__name__}: {error}'))
         err.print(
             'This says nothing about the port. Please report it to the authors of flax_vit: the command, what it '
             'prints with --debug, and what `flax-vit doctor` prints.'

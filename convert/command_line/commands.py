@@ -60,7 +60,7 @@ def inspect_checkpoint(source: str, *, as_json: bool, **options: Any) -> None:
     if is_converted(source):
         if fields:
             raise ConversionError(
-                f'{source} is a folder that convert wrote; it tells all itself, without {flags(fields)}.'
+                f'{source} is a folder that convert wrote; it has all fields already: leave out {flags(fields)}.'
             )
         config = read_config(source)
         show_converted(config) if not as_json else print_json(config)
@@ -110,9 +110,9 @@ def verify(written: Mapping[str, str], source: str, **arguments: Any) -> bool:
     way = WAYS[arguments['reference'] is not None, is_converted(source)]
     useless = ', '.join(text for name, text in written.items() if name not in {'source', *way.takes})
     if useless:
-        raise ConversionError(f'{way.words.format(source=source)}: {useless} would change nothing.')
+        raise ConversionError(f'{way.words.format(source=source)}: {useless} has no effect here.')
     if arguments['images'] and not arguments['gradients'] and 'seed' in written:
-        raise ConversionError('--seed is of random images: beside --images it would change nothing.')
+        raise ConversionError('--seed is for random images: with --images it has no effect.')
     for name in {'page', 'data'} & way.takes:
         if target := arguments[name]:
             report.check_target(target, page=name == 'page')

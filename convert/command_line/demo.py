@@ -66,7 +66,7 @@ def demo() -> bool:
         out.print(f'right in Flax: {accuracy:.2%} of {len(images)} held-out digits\n')
         right = right and report.right and report.agreement == 1
     out.rule('Next, on your own checkpoint')
-    out.print('flax-vit inspect CHECKPOINT       what is it, and what do the weights not tell?')
+    out.print('flax-vit inspect CHECKPOINT       what is it, and what is missing?')
     out.print('flax-vit convert CHECKPOINT OUT   to a folder for flax_vit.from_pretrained(OUT)')
     out.print('flax-vit verify CHECKPOINT OUT    the proof, on your weights')
     return right

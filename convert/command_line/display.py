@@ -92,7 +92,7 @@ def show_report(report: Report) -> None:
     source = report.inspection.layout.source
     if source != 'vit-pytorch':
         out.print(
-            f'The PyTorch module is our own, of what {source} computes: docs/pretrained.md says how it is held to that.'
+            f"The PyTorch module is this project's own version of {source}: docs/pretrained.md says how it is tested."
         )
     out.print(f'[dim]A port is {report.criterion}[/]')
 

@@ -22,7 +22,7 @@ def load_images(folder: Path, model: nn.Module, count: int) -> np.ndarray:
     except ImportError as error:
         raise ConversionError("Reading images needs Pillow: pip install 'flax-vit[images]'.") from error
     if not hasattr(model, 'channels'):
-        raise ConversionError('A Transformer takes tokens, no images: without --images they are random ones.')
+        raise ConversionError('A Transformer takes tokens, not images: leave out --images to compare on random tokens.')
     if model.channels not in MODES:
         raise ConversionError(f'Image files have 1, 3 or 4 channels; this model takes {model.channels}.')
     if not folder.is_dir():

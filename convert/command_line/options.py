@@ -17,7 +17,7 @@ def size(_context: click.Context, _option: click.Parameter, value: str | None) -
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 2) or min(numbers) < 1:
-        raise click.BadParameter(f'{value!r} is no size; write 224, or 224x160 for height x width.')
+        raise click.BadParameter(f'{value!r} is not a size; write 224, or 224x160 for height x width.')
     return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
 
 
@@ -27,7 +27,7 @@ MODEL = (  # what the weights may not tell
     ),
     click.option('--patch-size', metavar='SIZE', callback=size, help='Size of a patch: 16, or 16x8.'),
     click.option(
-        '--heads', metavar='N', type=click.IntRange(1), help='Attention heads. ViT and SimpleViT weights do not tell.'
+        '--heads', metavar='N', type=click.IntRange(1), help='Attention heads; not in the weights of ViT and SimpleViT.'
     ),
     click.option('--dim-head', metavar='N', type=click.IntRange(1), help='Size of an attention head, if not 64.'),
     click.option('--pool', type=click.Choice(['cls', 'mean']), help='How ViT or DeepViT pools, if not cls.'),
@@ -81,7 +81,7 @@ EVERYWHERE = (  # of every command, because they are thought of last
         is_flag=True,
         expose_value=False,
         callback=hush,
-        help='Print only errors and warnings; the exit status tells the rest.',
+        help='Print only errors and warnings; the exit status is the result.',
     ),
     click.Option(['--debug'], is_flag=True, expose_value=False, help='Show the traceback of an error.'),
 )

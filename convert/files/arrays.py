@@ -65,7 +65,7 @@ def read_safetensors(data: Data) -> tuple[dict[str, Any], dict[str, str]]:
             )
         tree[name], end = np.ndarray(shape, dtype, data, 8 + size + start), stop
     if 8 + size + end != len(data):
-        raise ConversionError(f'safetensors with {len(data) - 8 - size} bytes of which only {end} have a name')
+        raise ConversionError(f'safetensors with {len(data) - 8 - size} bytes of which the header names only {end}')
     return {name: tree[name] for name in places}, metadata
 
 
@@ -75,7 +75,7 @@ def _place(name: str, entry: Any) -> tuple[int, int, np.dtype[Any], tuple[int, .
             type(n) is int and 0 <= n < 1 << 63 for n in (start, stop, *shape)
         ):
             if kind not in _SAFETENSORS:
-                raise ConversionError(f'{quote(name)} is of {quote(kind)}, which numpy has not: save it as F32 or BF16')
+                raise ConversionError(f'{quote(name)} is of {quote(kind)}, which numpy lacks: save it as F32 or BF16')
             return start, stop, DTYPES[f'torch.{_SAFETENSORS[kind]}'], tuple(shape)
     raise ConversionError(f'safetensors that say of {quote(name)}: {quote(entry)}')
 

@@ -80,7 +80,7 @@ def read_beside(checkpoint: Checkpoint) -> dict[str, Any]:
                     said[path.name] = read_json(file.read(JSON_BYTES + 1))
             except (ConversionError, ValueError, RecursionError) as error:
                 raise ConversionError(
-                    f'{path}, beside the weights, cannot be read ({error}): mend it, or take it away.'
+                    f'{path}, beside the weights, cannot be read ({error}): repair or remove it.'
                 ) from error
     return said
 

@@ -13,7 +13,7 @@ _OTHERS = {  # an expression for how a file begins -> what to say of it
     rb'version https://git-lfs': 'a git-lfs pointer to the file, not the file: run `git lfs pull`',
     rb'(?i)<!doctype|<html|<\?xml': _PAGE,
     rb'\x89HDF\r\n': 'an HDF5 file (Keras?), which holds no PyTorch weights',
-    rb'model_checkpoint_path': 'the note beside a TensorFlow checkpoint, which holds no PyTorch weights',
+    rb'model_checkpoint_path': 'the index file of a TensorFlow checkpoint, which holds no PyTorch weights',
     rb'....TFL3': 'a TensorFlow Lite model, which holds no PyTorch weights',
     rb'....ET\d\d': 'an ExecuTorch program: convert the state dict that it was made from',
     rb'\x08[\x03-\x20](\x12.|.{0,40}pytorch)': (
@@ -75,7 +75,7 @@ def refuse_parts(names: Iterable[str], where: str) -> None:
     if 'saved_model.pb' in names or any(name.endswith('.data-00000-of-00001') for name in names):
         raise ConversionError('a TensorFlow checkpoint, which holds no PyTorch weights')
     if names & {'manifest.ocdbt', '_CHECKPOINT_METADATA'}:
-        raise ConversionError('an Orbax checkpoint, which is of JAX already')
+        raise ConversionError('an Orbax checkpoint, which is in a format of JAX already')
     if {'data.pkl', 'data'} <= names:
         raise ConversionError(
             'the content of a torch zip archive: give the archive, or zip the folder without compression'

@@ -213,7 +213,7 @@ def _append(target: Any, items: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
     elif not isinstance(target, Foreign | Call):
-        raise ConversionError('its pickle appends to what is no list')
+        raise ConversionError('its pickle appends to something that is not a list')
 
 
 def _set_items(target: Any, items: list[Any]) -> None:
@@ -223,7 +223,7 @@ def _set_items(target: Any, items: list[Any]) -> None:
         for key, value in zip(items[::2], items[1::2], strict=True):
             target[key if _plain(key) else Foreign(f'key {len(target)}')] = value
     elif not isinstance(target, Foreign):
-        raise ConversionError('its pickle sets items of what is no dict')
+        raise ConversionError('its pickle sets items of something that is not a dict')
 
 
 def _plain(key: Any) -> bool:

@@ -108,7 +108,7 @@ class _Values:
             self.known[key] = _IN_PROGRESS
             self.known[key] = make()
         if self.known[key] is _IN_PROGRESS:
-            raise ConversionError('a container in it holds itself')
+            raise ConversionError('a container in it contains itself')
         return self.known[key]
 
     def made(self, described: Any, depth: int) -> Any:

@@ -154,7 +154,7 @@ def _check(file: Path, info: Mapping[str, Any]) -> None:
         with file.open('rb') as content:
             found = hashlib.file_digest(content, 'md5').digest()
         if found != base64.b64decode(digest):
-            raise OSError('what came is not what the server has, by its MD5')
+            raise OSError('the download is damaged: its MD5 differs from what the server says')
 
 
 @cache

@@ -94,14 +94,14 @@ class Report:
                 return f'the Flax model computes what PyTorch does{weights}.'
             return (
                 f'the Flax model computes what PyTorch does{weights}, if {self.inspection.assumptions}: both sides '
-                'take that from the conversion, and the weights cannot tell. Give what you know as arguments, or '
+                'assume that, and it cannot be inferred from the weights. Pass what you know as arguments, or '
                 'compare with outputs of your own model (--reference).'
             )
         if self.first.same_function and self.table_right:
             return (
                 f'the same function, computed too coarsely: in float64 both agree, but in {self.dtype} '
-                f'{self.first.label} is {self.first.ratio:.3g} times as far from the truth as PyTorch, at best of '
-                f'{self.runs} run{"s" if self.runs > 1 else ""}; rounding explains {RATIO:.0f} times.'
+                f'{self.first.label} is {self.first.ratio:.3g} times as far from the truth as PyTorch, in the best of '
+                f'{self.runs} run{"s" if self.runs > 1 else ""}; rounding explains at most {RATIO:.0f} times.'
             )
         return f'the Flax model does not compute what PyTorch does. The first difference is in: {self.first.label}.'
 

@@ -81,9 +81,9 @@ def read_arguments(
     if contradictions and not found:
         needed = ', '.join(f'{name}=…' for name in fields if name in still - TRAINING)
         raise ConversionError(
-            'What the source says of itself does not fit its weights:\n'
+            'What the source says about its model does not fit its weights:\n'
             + '\n'.join(f'  {contradiction}' for contradiction in contradictions[:MOST_LINES])
-            + f'\nIf that is of another model, give what the weights do not tell: {needed}.'
+            + f'\nIf that is about another model, give what cannot be inferred from the weights: {needed}.'
         )
     if not found:
         return dict(fields)

@@ -135,8 +135,8 @@ class Fit:
         if all(name in extra or _is_part(name, head) for name in self.different):
             headless = f' {head} is missing or another one: give num_classes=0 as well, for the pooled features.'
             return (
-                f'All of the model is here, and more: {named}. If that is no part of what it '
-                'computes (a new head, a loss), take it out of the state dict and convert the rest.'
+                f'The whole model is here, with unexpected keys: {named}. If they are no part of what it '
+                'computes (a new head, a loss), remove them from the state dict and convert the rest.'
                 f'{headless if self.different - extra else ""}'
             )
         return ''

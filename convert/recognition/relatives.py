@@ -110,5 +110,5 @@ def relative(shapes: Shapes) -> str | None:
         if (present is None or any(present.search(name) for name in shapes)) and (
             absent is None or not any(absent.search(name) for name in shapes)
         ):
-            return f'This is {other.what}: another function, which is not converted ({name!r} tells).'
+            return f'This is {other.what}: another function, which is not converted (recognised by {name!r}).'
     return None

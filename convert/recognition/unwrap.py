@@ -327,7 +327,7 @@ def refusal(leaves: list[Item], found: list[Candidate], alone: Sequence[Candidat
     if not best and (reason := refusal_of(shapes)):
         return reason
     if not best:
-        return f'This is no {model_names()}. {_contents(leaves)}{hint}'
+        return f'This is not a {model_names()}. {_contents(leaves)}{hint}'
     where = f' at {best.place.key!r}' if best.place.key else ''
     advice = f'\n{best.fit.advice}' if best.fit.advice else hint
     return f'No layout fits. The nearest is {best.fit.layout}{where}; the difference:\n{best.fit.difference}{advice}'

@@ -35,7 +35,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f'{path} does not exist: {folder} is no folder that save_pretrained finished.')
+        raise FileNotFoundError(f'{path} does not exist: {folder} is not a folder that save_pretrained finished.')
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
         if config['format'] == ONE_FILE:

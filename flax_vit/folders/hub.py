@@ -104,8 +104,8 @@ def asking(hub: ModuleType, name: str, revision: str | None) -> Iterator[None]:
         yield
     except (hub.errors.LocalEntryNotFoundError, hub.errors.OfflineModeIsEnabled) as error:
         raise FileNotFoundError(
-            f'{name} is nothing here, nor is a copy of it kept, and the Hugging Face Hub was not asked or did not '
-            'answer: unset HF_HUB_OFFLINE, or look at the connection.'
+            f'{name} is neither a local folder nor in the cache, and the Hugging Face Hub was not asked or did '
+            'not answer: unset HF_HUB_OFFLINE, or check the connection.'
         ) from error
     except (
         hub.errors.RepositoryNotFoundError,
@@ -114,7 +114,7 @@ def asking(hub: ModuleType, name: str, revision: str | None) -> Iterator[None]:
     ) as error:
         at = f' at the revision {revision}' if revision else ''
         raise FileNotFoundError(
-            f'{name} is nothing here, and the Hugging Face Hub did not give it{at}: {type(error).__name__}. '
+            f'{name} is not here, and the Hugging Face Hub did not give it{at}: {type(error).__name__}. '
             'A private one needs `hf auth login`.'
         ) from error
     except hub.errors.HTTPError as error:  # httpx's: no connection, a timeout, a server in trouble

@@ -89,7 +89,7 @@ def from_pretrained(
         wide = [name for name in ('dtype', 'param_dtype') if narrow and str(getattr(model, name)) == 'float64']
         for name in wide:
             if name in overrides:
-                raise ValueError(f"{name}=float64 is not to be had: jax.config.update('jax_enable_x64', True) first.")
+                raise ValueError(f"{name}=float64 needs 64-bit mode: jax.config.update('jax_enable_x64', True).")
         stacks = is_stacked(model)
         saved = saved_shapes(saved_model.clone(scan_layers=True) if stacks else one_by_one(saved_model))
         wanted = saved_shapes(model) if overrides else saved

@@ -175,7 +175,7 @@ def test_verify_on_real_images(flax_vit: Run, tmp_path: pathlib.Path) -> None:
         (['export', 'nowhere', 'x.pt'], 'nowhere'),
         (['export', 'out', 'x.txt'], 'should end in .safetensors or .pt'),
         (['export', 'out', 'simple_vit.pt'], 'exists'),
-        (['convert', 'simple_vit.pt', 'out', '--image-size', 'big'], 'is no size'),
+        (['convert', 'simple_vit.pt', 'out', '--image-size', 'big'], 'is not a size'),
         (['convert', 'simple_vit.pt', 'out', '--heads', '0'], '--heads'),
         (['convert', 'deep_vit.pt', 'out', '--channels', '1', '--dropout', '2'], '--dropout'),
         (['convert', 'simple_vit.pt', 'out', *FIELDS, '--param-dtype', 'int8'], 'param_dtype must be float64'),
@@ -229,8 +229,8 @@ def test_debug_shows_the_traceback(flax_vit: Run) -> None:
 @pytest.mark.parametrize(
     ('error', 'expected', 'words'),
     [
-        (KeyError('images'), 3, "Not foreseen: KeyError: 'images'"),
-        (EOFError('Ran out of input'), 3, 'Not foreseen: EOFError: Ran out of input'),
+        (KeyError('images'), 3, "Unexpected error: KeyError: 'images'"),
+        (EOFError('Ran out of input'), 3, 'Unexpected error: EOFError: Ran out of input'),
         (AssertionError(), 3, 'prints with --debug, and what `flax-vit doctor` prints.'),
         (OSError(28, 'No space left on device', 'out'), 2, 'Error: out: No space left on device\n'),
         (ValueError('[bold] is no field'), 2, 'Error: [bold] is no field\n'),

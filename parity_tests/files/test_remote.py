@@ -276,9 +276,9 @@ def test_repositories_of_the_hub(tmp_path: Path) -> None:
         'ConversionError: owner/two holds 2 checkpoints; give the one to convert:\n'
         '  hf://owner/two/a.safetensors\n  hf://owner/two/b.bin',
         'ConversionError: owner/none holds no checkpoint: README.md',
-        'FileNotFoundError: hf://owner/nothing is nothing here, and the Hugging Face Hub did not give it: Repository',
-        'FileNotFoundError: hf://owner/one/no.pt is nothing here, and the Hugging Face Hub did not give it: ',
-        'FileNotFoundError: hf://owner/one@v9 is nothing here, and the Hugging Face Hub did not give it at the',
+        'FileNotFoundError: hf://owner/nothing is not here, and the Hugging Face Hub did not give it: Repository',
+        'FileNotFoundError: hf://owner/one/no.pt is not here, and the Hugging Face Hub did not give it: ',
+        'FileNotFoundError: hf://owner/one@v9 is not here, and the Hugging Face Hub did not give it at the',
         'ConversionError: hf://owner is no address on the Hugging Face Hub',
         'ConversionError: ',
     )
@@ -301,7 +301,7 @@ def test_repositories_of_the_hub(tmp_path: Path) -> None:
     sources = ['hf://owner/one/model.safetensors', 'owner/one', 'hf://owner/else/model.safetensors']
     again, unlisted, missing = on_the_hub(sources, tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE='1')
     assert again == one
-    assert unlisted.startswith('FileNotFoundError: owner/one is nothing here, nor is a copy of it kept')
+    assert unlisted.startswith('FileNotFoundError: owner/one is neither a local folder nor in the cache')
     assert 'unset HF_HUB_OFFLINE' in missing
     (unreachable,) = on_the_hub(['owner/one'], tmp_path, HF_ENDPOINT='http://127.0.0.1:9')
     assert unreachable.startswith('OSError: owner/one: the Hugging Face Hub cannot be read: Connect'), unreachable

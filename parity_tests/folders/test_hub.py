@@ -62,9 +62,9 @@ def test_published_and_read(tmp_path: pathlib.Path) -> None:
     assert now == elsewhere == total(*from_pretrained(tmp_path / 'new'))
     assert before == total(*from_pretrained(tmp_path / 'old'))
     expected = (
-        'FileNotFoundError: someone/else is nothing here, and the Hugging Face Hub did not give it: Repository',
-        'FileNotFoundError: someone/vit is nothing here, and the Hugging Face Hub did not give it at the revision v9',
-        'FileNotFoundError: someone/vit is nothing here',
+        'FileNotFoundError: someone/else is not here, and the Hugging Face Hub did not give it: Repository',
+        'FileNotFoundError: someone/vit is not here, and the Hugging Face Hub did not give it at the revision v9',
+        'FileNotFoundError: someone/vit is not here',
         'ValueError: ',
     )
     check_beginnings(errors, expected)
@@ -85,7 +85,7 @@ def test_published_and_read(tmp_path: pathlib.Path) -> None:
         CLIENT + script, tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE='1'
     )  # and nobody serves any more
     assert again == now
-    assert 'someone/else is nothing here, nor is a copy of it kept' in missing
+    assert 'someone/else is neither a local folder nor in the cache' in missing
     assert 'unset HF_HUB_OFFLINE' in missing
 
 

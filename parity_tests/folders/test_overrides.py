@@ -113,7 +113,7 @@ def test_what_else_would_change_shapes_is_refused(folder: pathlib.Path) -> None:
             from_pretrained(folder, **{name: value})
     with pytest.raises(ValueError, match='has no field colour'):
         from_pretrained(folder, colour='red')
-    with pytest.raises(ValueError, match=r'param_dtype=float64 is not to be had: .*jax_enable_x64'):
+    with pytest.raises(ValueError, match=r'param_dtype=float64 needs 64-bit mode: .*jax_enable_x64'):
         from_pretrained(folder, param_dtype='float64')
 
 

@@ -361,7 +361,7 @@ def test_what_a_model_cannot_be_computed_in(model_class: Any) -> None:
     for precision in known:
         model_class(**SMALL, precision=precision)
     for precision in ('foo', ('high', 'foo')):
-        with pytest.raises(ValueError, match=r'precision=.* is not to be had: '):
+        with pytest.raises(ValueError, match=r'precision=.* is not valid: '):
             model_class(**SMALL, precision=precision)
 
 
@@ -374,10 +374,10 @@ def test_what_is_no_number_and_no_image(model_class: Any) -> None:
         with pytest.raises(ValueError, match=f'takes images as an array of JAX or NumPy, not a {kind}: numpy'):
             jax.eval_shape(lambda key, images=images: model_class(**SMALL).init(key, images), jax.random.key(0))
     preset = jax.lax.DotAlgorithmPreset.DEFAULT
-    with pytest.raises(ValueError, match=r'precision=.* is not to be had: '):
+    with pytest.raises(ValueError, match=r'precision=.* is not valid: '):
         model_class(**SMALL, precision=(preset, preset))
     for strange in (0, ('high',), ('high', 'high', 'high')):
-        with pytest.raises(ValueError, match=r'precision=.* is not to be had: '):
+        with pytest.raises(ValueError, match=r'precision=.* is not valid: '):
             model_class(**SMALL, precision=strange)
     with pytest.raises(ValueError, match=r"pool must be 'cls' .* not \['cls'\]"):
         DeepViT(**SMALL, pool=['cls'])  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def test_the_page_has_every_size() -> None:
 def test_other_fields() -> None:
     model = flax_vit.named('simple_vit_s32', num_classes=10, image_size=64, dtype='bfloat16')
     assert (model.num_classes, model.image_size, model.patch_size, model.dim) == (10, 64, 32, 384)
-    with pytest.raises(ValueError, match="'simple_vit_s8' is no size that has a name; do you mean simple_vit_"):
+    with pytest.raises(ValueError, match="'simple_vit_s8' is not the name of a size; do you mean simple_vit_"):
         flax_vit.named('simple_vit_s8')
     with pytest.raises(ValueError, match=r'the names are (.*, )?deep_vit_readme, deep_vit_ti16'):
         flax_vit.named('')

@@ -30,8 +30,8 @@ def converted(**changes: Any) -> object:
 
 
 PROVOKED: dict[str, Callable[[], object]] = {
-    'the weights do not tell all of it. Give these arguments: … heads': lambda: flax_vit.from_torch(DIGITS),
-    'assumed, as in vit-pytorch: … Give what you know as arguments.': converted,
+    'the weights are not enough. Give these arguments: … heads': lambda: flax_vit.from_torch(DIGITS),
+    'assumed, as in vit-pytorch: … Pass what you know as arguments.': converted,
     'There are several different models here; choose one.': lambda: flax_vit.from_torch(
         {'model': STATE_DICT, 'ema': {name: value + 1 for name, value in STATE_DICT.items()}}
     ),

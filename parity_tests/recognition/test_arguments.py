@@ -101,7 +101,7 @@ def test_several_that_differ_are_shown() -> None:
 def test_one_that_contradicts_the_weights_is_shown(wrong: dict[str, Any]) -> None:
     """The advice, to give what the weights don't tell, works."""
     source = {'state_dict': module(SIMPLE).state_dict(), 'hyper_parameters': SIMPLE | wrong}
-    with pytest.raises(ConversionError, match='What the source says of itself does not fit its weights') as refusal:
+    with pytest.raises(ConversionError, match='What the source says about its model does not fit') as refusal:
         convert.inspect(source)
     assert str(next(iter(wrong.values()))) in str(refusal.value)
     told = {name: SIMPLE[name] for name in ('image_size', 'patch_size', 'channels', 'heads', 'dim_head')}

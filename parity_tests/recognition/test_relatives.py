@@ -111,7 +111,7 @@ def test_no_other_model_of_vit_pytorch_converts(name: str) -> None:
         (
             'This is ',
             'No layout fits. The nearest is ',
-            f'This is no {model_names()}',
+            f'This is not a {model_names()}',
             'There are no tensors here',
         )
     )
@@ -302,12 +302,12 @@ def test_another_architecture_is_refused_by_its_name(what: str, prefix: str) -> 
 def test_what_nothing_tells_is_shown() -> None:
     tensors = names('a.weight', 'b.weight', 'c.0.weight', 'd', 'e', 'f', 'g')
     assert refusal({'net': tensors, 'epoch': 3}) == (
-        f"This is no {model_names()}. Its tensors are 'net.a.weight', 'net.b.weight', "
+        f"This is not a {model_names()}. Its tensors are 'net.a.weight', 'net.b.weight', "
         "'net.c.0.weight', 'net.d', 'net.e' and 2 more."
     )
     assert len(refusal({'x.' * 100_000: np.ones(1)})) < 300
     assert len(refusal({'cls_token': np.ones((1, 1, 4)), 'x.' * 100_000: np.ones(1)})) < 5000
-    assert refusal({'epoch': 3}) == f'This is no {model_names()}. There are no tensors here.'
+    assert refusal({'epoch': 3}) == f'This is not a {model_names()}. There are no tensors here.'
 
 
 def test_a_relative_beside_a_model_does_not_hide_what_the_model_lacks() -> None:

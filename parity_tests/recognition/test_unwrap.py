@@ -640,8 +640,8 @@ def test_a_new_head_beside_the_model(model: str) -> None:
     beside = {'fc.weight': torch.ones(3, 16), 'fc.bias': torch.ones(3)}
     message = refusal(inner.state_dict() | beside)
     assert '+ fc.weight 3 x 16: not part of the model' in message
-    assert 'All of the model is here, and more: fc. If that is no part of what it computes' in message
-    assert message.endswith('take it out of the state dict and convert the rest.')
+    assert 'The whole model is here, with unexpected keys: fc. If they are no part of what it computes' in message
+    assert message.endswith('remove them from the state dict and convert the rest.')
     body = {name: tensor for name, tensor in inner.state_dict().items() if not name.startswith(head)}
     message = refusal(body | beside)
     assert message.endswith(f'{head} is missing or another one: give num_classes=0 as well, for the pooled features.')
