@@ -306,9 +306,12 @@ def normalised_queries_scaled(port: Port) -> None:
 
 def normalised(port: Port, function: Callable[[Any, Any], Any]) -> None:
     """The port normalises queries and keys so."""
+
+    def wrong(call: Any, x: Any, keywords: Any, module: Any) -> Any:
+        return function(x, module.variables['params']['gamma'])
+
     for name in ('q_norm', 'k_norm'):
-        gamma = port.params[f'transformer/layers_0_0/{name}/gamma']
-        port.intercept(name, lambda call, x, keywords, gamma=gamma: function(x, gamma))
+        submodules(port, f'transformer/layers_0_0/{name}', wrong)
 
 
 @named('pooled features: matches if pooled by the mean of all tokens but the first instead of the first token', VIT)

@@ -219,7 +219,7 @@ def test_from_a_module_a_state_dict_and_a_file_and_back(name: str, tmp_path: Pat
 def test_qk_norm_tells_the_heads_and_no_classes() -> None:
     tensors = pytorch(CONFIGURATIONS['qk-norm-oblong'], torch.float32).state_dict()
     assert 'heads=7 contradicts the weights: it is 5 by their shapes' in refusal(tensors, heads=7)
-    told = {'image_size': (12, 20), 'patch_size': (3, 5), 'channels': 2}
+    told: dict[str, Any] = {'image_size': (12, 20), 'patch_size': (3, 5), 'channels': 2}
     with pytest.raises(ConversionError, match=r'the head is a LayerNorm, .* must be dim, 24, or 0 .* not 5'):
         convert.from_torch(tensors, **told, num_classes=5)
     tensors['linear_head.weight'], tensors['linear_head.bias'] = torch.zeros(5, 24), torch.zeros(5)
