@@ -26,8 +26,6 @@ def test_starts_as_pytorch_and_goes_anywhere(fields: dict[str, Any], tmp_path: P
     else:
         assert 0.5 < variables['params']['register_tokens'].std() < 1.5
     logits = jit(model.apply)(variables, IMAGES)
-    half = jit(model.clone(dtype='bfloat16').apply)(variables, IMAGES)
-    assert 0 < np.abs(half.astype(np.float32) - logits).max() < 0.1 * np.abs(logits).max()
     export_serving(tmp_path / 'model.npz', model, variables, platforms=['cpu'])
     assert np.array_equal(jit(to_nnx(model, variables).__call__)(IMAGES), logits)
 

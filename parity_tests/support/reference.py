@@ -117,10 +117,6 @@ CONFIGURATIONS = {
         REGISTERS, image_size=(12, 20), patch_size=(3, 5), num_classes=7, dim=24, depth=3, heads=5, mlp_dim=9,
         dim_head=8, channels=2, num_register_tokens=6,
     ),
-    'registers-one-of-each': simple_vit(
-        REGISTERS, image_size=10, patch_size=5, num_classes=2, dim=8, depth=1, heads=1, mlp_dim=11, dim_head=8,
-        channels=1, num_register_tokens=1,
-    ),
     'qk-norm-oblong': simple_vit(
         QK_NORM, image_size=(12, 20), patch_size=(3, 5), num_classes=7, dim=24, depth=3, heads=5, mlp_dim=9,
         dim_head=6, channels=2,
