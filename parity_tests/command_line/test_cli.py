@@ -475,7 +475,7 @@ def test_a_transformer_alone(flax_vit: Run, tmp_path: pathlib.Path) -> None:
     assert flax_vit('verify', 'own.pt', 'folder', *part, '--report', 'page.html')[0] == 0
     assert 'block 1 attention' in (tmp_path / 'page.html').read_text()
     code, _, error = flax_vit('serve-export', 'folder', 'program.npz')
-    assert (code, 'no program of images' in error) == (2, True)
+    assert (code, 'takes no images' in error) == (2, True)
     assert flax_vit('export', 'folder', 'back.pt')[0] == 0
     back = torch.load(tmp_path / 'back.pt', weights_only=True)
     alone.load_state_dict(back.get('state_dict', back))
