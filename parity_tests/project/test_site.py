@@ -79,7 +79,7 @@ def test_every_public_name_has_an_entry_and_is_found(site: pathlib.Path, element
     }
     assert set(PUBLIC) <= {anchor.partition('#')[2] for anchor in anchors}
     index = json.loads((site / 'search' / 'search_index.json').read_text(encoding='utf-8'))
-    assert {'reference/models/#flax_vit.SimpleViT', 'tpu/#prove'} <= {entry['location'] for entry in index['docs']}
+    assert {'reference/models/#flax_vit.SimpleViT', 'tpu/#verify'} <= {entry['location'] for entry in index['docs']}
 
 
 def test_the_overview_names_every_public_name() -> None:
@@ -152,7 +152,7 @@ def test_nothing_is_fetched_from_elsewhere(site: pathlib.Path, elements: dict[st
 def test_links_into_the_project_lead_somewhere(elements: dict[str, Any]) -> None:
     links = {attributes.get('href', '') for found in elements.values() for _, attributes in found}
     links = {link.removeprefix(f'{HOME}/') for link in links if link.startswith(f'{HOME}/')}
-    assert {'blob/main/CONTRIBUTING.md', 'blob/main/README.md', 'edit/main/docs/tpu.md'} <= links
+    assert {'blob/main/CONTRIBUTING.md', 'blob/main/SECURITY.md', 'edit/main/docs/tpu.md'} <= links
     for link in links:
         kind, _, path = link.partition('/main/')
         there = ROOT / unquote(path.partition('#')[0])
