@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from flax_vit.lazy import lazily
 
 if TYPE_CHECKING:
-    from convert import from_torch, inspect, to_torch, verify
+    from convert import ConversionError, ConversionWarning, from_torch, inspect, to_torch, verify
     from flax_vit.architectures import named
     from flax_vit.deep_vit import DeepViT
     from flax_vit.folders.hub import push_to_hub
@@ -25,6 +25,8 @@ else:
     __getattr__, __dir__ = lazily(
         __name__,
         {
+            'ConversionError': 'convert.errors',
+            'ConversionWarning': 'convert.errors',
             'DeepViT': 'flax_vit.deep_vit',
             'OfficialDeepViT': 'flax_vit.official_deep_vit',
             'OfficialSimpleViT': 'flax_vit.official_simple_vit',
@@ -52,6 +54,8 @@ else:
     )
 
 __all__ = [
+    'ConversionError',
+    'ConversionWarning',
     'DeepViT',
     'Features',
     'OfficialDeepViT',

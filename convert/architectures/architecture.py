@@ -379,9 +379,15 @@ def heads_of(fields: Mapping[str, Field], inner_dim: int, default: int | None) -
             'dim_head': Field(default, 'assumed', why),
             'heads': Field(inner_dim // default, 'assumed', why),
         }
-    choices = ', '.join(f'heads={n} if dim_head is {inner_dim // n}' for n in range(1, 33) if inner_dim % n == 0)
     fails = f"vit-pytorch's default dim_head {default} does not divide it" if default else 'dim_head has no default'
-    why = f'{arithmetic}, and {fails}: {choices}'
+    return unknown_heads(inner_dim, fails)
+
+
+def unknown_heads(inner_dim: int, fails: str, fewest: int = 1) -> dict[str, Field]:
+    """Heads and dim_head have to be asked for, because vit-pytorch's default `fails`, in words."""
+    factors = (n for n in range(fewest, 33) if inner_dim % n == 0)
+    choices = ', '.join(f'heads={n} if dim_head is {inner_dim // n}' for n in factors)
+    why = f'to_qkv holds 3 x {inner_dim}, that is 3 x heads x dim_head, and {fails}: {choices}'
     return {'heads': Field(None, 'unknown', why), 'dim_head': Field(None, 'unknown')}
 
 

@@ -19,6 +19,7 @@ from convert.architectures.architecture import (
     image_of_patches,
     other_heads,
     prenorm,
+    unknown_heads,
 )
 from convert.architectures.way import ACTIVATIONS, Way, class_token_mistakes
 from flax_vit.vit import ViT
@@ -130,13 +131,22 @@ class ViTArchitecture(Architecture):
     def told_by_sizes(
         self, fields: Mapping[str, Field], sizes: Mapping[str, int], defaults: Mapping[str, Any]
     ) -> dict[str, Field]:
-        """Without a projection, one head has the full width; in the releases of hidden heads, dim_head no default."""
+        """Without a projection, one head has the full width; in the releases of hidden heads, dim_head no default.
+
+        With a projection one head of the full width is not assumed: since 0.7.4 it has none.
+        """
         hidden = 'hidden_head' in fields and fields['hidden_head'].value
-        return super().told_by_sizes(
+        found = super().told_by_sizes(
             fields,
             {'heads x dim_head': sizes['dim'], **sizes},
             {**defaults, 'dim_head': None} if hidden else defaults,
         )
+        one_head = (found['heads'].how, found['heads'].value) == ('assumed', 1)
+        if one_head and sizes.get('heads x dim_head') == sizes['dim']:
+            default = f"vit-pytorch's default dim_head {sizes['dim']}"
+            fails = f'{default} would be one head, which has had no to_out since vit-pytorch 0.7.4'
+            return found | unknown_heads(sizes['dim'], fails, fewest=2)
+        return found
 
     def image_size(self, fields: Mapping[str, Field], sizes: Mapping[str, int]) -> dict[str, Field]:
         # Oblong images of as many patches are computed the same. Only what a file may say of them is still asked.

@@ -110,7 +110,8 @@ def verify(written: Mapping[str, str], source: str, **arguments: Any) -> bool:
     way = WAYS[arguments['reference'] is not None, is_converted(source)]
     useless = ', '.join(text for name, text in written.items() if name not in {'source', *way.takes})
     if useless:
-        raise ConversionError(f'{way.words.format(source=source)}: {useless} has no effect here.')
+        hint = f' To check {arguments["folder"]}, give it alone.' if 'folder' in written else ''
+        raise ConversionError(f'{way.words.format(source=source)}: {useless} has no effect here.{hint}')
     if arguments['images'] and not arguments['gradients'] and 'seed' in written:
         raise ConversionError('--seed is for random images: with --images it has no effect.')
     for name in {'page', 'data'} & way.takes:
@@ -172,6 +173,8 @@ def verify_kept(source: str, *, data: Path | None) -> bool:
     show_rows([row], 'float32')
     words = 'computes' if row.right else 'does not compute'
     out.print(verdict(row.right, f'the Flax model {words} what PyTorch did when it was verified.'))
+    if verified := (read_config(source)['source'] or {}).get('verified'):  # it may stand on what was assumed
+        out.print('Then it was said:', escape(verified['verdict']))
     keep_figures(data, figures_of(row))
     return row.right
 

@@ -34,6 +34,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises FileNotFoundError, and ValueError when it is not one of ours.
     """
     path = Path(folder) / CONFIG
+    if Path(folder).is_file():
+        raise FileNotFoundError(
+            f'{folder} is a file, not a folder that save_pretrained wrote: a PyTorch checkpoint is for from_torch.'
+        )
     if not path.is_file():
         raise FileNotFoundError(f'{path} does not exist: {folder} is not a folder that save_pretrained finished.')
     try:

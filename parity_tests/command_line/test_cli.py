@@ -318,6 +318,7 @@ def test_a_certified_folder_proves_itself(flax_vit: Run, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, 'vit_pytorch', None)
     status, printed, _ = flax_vit('verify', 'out', '--json', 'figures.json')
     assert (status, 'RIGHT' in printed) == (0, True)
+    assert 'Then it was said: the Flax model computes what PyTorch does.' in printed  # with all that it may stand on
     figures = json.loads(pathlib.Path('figures.json').read_text())
     assert (figures['right'], figures['command'], 'label' in figures) == (
         True,

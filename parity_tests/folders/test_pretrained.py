@@ -463,6 +463,10 @@ def test_wrong_variables_are_not_saved(tmp_path: pathlib.Path) -> None:
 def test_damage_is_noticed(tmp_path: pathlib.Path) -> None:
     with pytest.raises(FileNotFoundError, match=r'config\.json'):
         from_pretrained(tmp_path)
+    (tmp_path / 'vit.pt').touch()
+    with pytest.raises(FileNotFoundError, match=r'vit\.pt is a file, not a folder .* is for from_torch'):
+        from_pretrained(tmp_path / 'vit.pt')
+    (tmp_path / 'vit.pt').unlink()
     save_pretrained(tmp_path, MODELS['simple'], variables_of(MODELS['simple']))
     (weights,) = tmp_path.glob('model-*.safetensors')
     data = bytearray(weights.read_bytes())

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from vit_pytorch import deepvit, simple_vit
+from vit_pytorch import ViT, deepvit, simple_vit
 
 import convert
 from convert import ConversionError, ConversionWarning
@@ -149,6 +149,20 @@ def test_what_is_not_known_is_asked_for_by_name(simple: torch.nn.Module) -> None
 def test_wrong_fields_are_explained(simple: torch.nn.Module, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConversionError, match=message):
         convert.from_torch(simple.state_dict(), **{**({} if 'heads' in fields else SIMPLE_FIELDS), **fields})
+
+
+@pytest.mark.filterwarnings('ignore::convert.ConversionWarning')  # the pool of a Transformer, dropouts
+def test_one_head_of_the_full_width_is_not_assumed_beside_a_projection() -> None:
+    """vit-pytorch's default of 64 a head would be one, and that one has had no to_out since 0.7.4."""
+    module = ViT(image_size=8, patch_size=4, num_classes=3, dim=64, depth=1, heads=4, mlp_dim=8, dim_head=16)
+    with pytest.raises(ConversionError, match=r'heads: .*has had no to_out since vit-pytorch 0\.7\.4: heads=2 if'):
+        convert.from_torch(module.state_dict())
+    model: Any
+    model, variables = convert.from_torch(module.state_dict(), heads=4)
+    assert (model.heads, model.dim_head) == (4, 16)
+    assert convert.to_torch(model, variables).keys() == module.state_dict().keys()
+    one = ViT(image_size=8, patch_size=4, num_classes=3, dim=64, depth=1, heads=1, mlp_dim=8)
+    assert convert.inspect(one.state_dict()).model.heads == 1  # without a projection it is told
 
 
 def test_deep_vit_says_what_contradicts_its_positions(deep: torch.nn.Module) -> None:
