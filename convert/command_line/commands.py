@@ -94,6 +94,10 @@ def convert_checkpoint(source: str, folder: Path, *, proven: bool, **options: An
         save_pretrained(folder, inspection.model, variables, source=facts, golden=golden)
     show_inspection(inspection)
     out.print(f'[green]Converted[/] to {escape(str(folder))}')
+    if inspection.assumptions:
+        out.print(
+            f'[yellow]Assumed:[/] {escape(inspection.assumptions)}. Pass what you know as arguments.', soft_wrap=True
+        )
     to_copy('use it:  ', f'model, variables = flax_vit.from_pretrained({str(folder)!r})')
     proof_of = command_line('verify', str(folder)) if proven else command_line('verify', source, str(folder), **told)
     to_copy('prove it:', proof_of)

@@ -18,6 +18,8 @@ Run = Callable[..., tuple[int, str, str]]
 def flax_vit(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run the command line in an empty folder that holds the digits checkpoints: status, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
+    for hidden in ('TQDM_DISABLE', 'HF_HUB_DISABLE_PROGRESS_BARS'):  # what --quiet sets ends with the test
+        monkeypatch.setenv(hidden, '')
     for path in DIGITS.glob('*.[ps][ta]*'):
         shutil.copy(path, tmp_path)
 
