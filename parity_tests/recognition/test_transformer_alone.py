@@ -156,7 +156,7 @@ WITH_TRANSFORMER = [layout for layout in layouts_of_all() if hasattr(layout.mode
 @pytest.mark.parametrize('layout', WITH_TRANSFORMER, ids=lambda layout: layout.id)
 def test_out_of_a_whole_model(layout: Layout) -> None:
     """Under the names of every release, and where the whole has another head than ours: the arrays of the whole."""
-    sizes = {'image_size': 8, 'patch_size': 4, 'num_classes': 3, 'dim': 16, 'depth': 2, 'heads': 2, 'mlp_dim': 20}
+    sizes = {'image_size': 8, 'patch_size': 4, 'num_classes': 16, 'dim': 16, 'depth': 2, 'heads': 2, 'mlp_dim': 20}
     model = layout.model(**sizes, dim_head=8, **layout.fields)
     variables = variables_of(model)
     whole = convert.to_torch(model, variables, layout=layout.id) | {'another_head.weight': np.zeros((3, 3), np.float32)}

@@ -26,7 +26,7 @@ from vit_pytorch.extractor import Extractor
 from vit_pytorch.lejepa import LeJEPA
 from vit_pytorch.recorder import Recorder
 from vit_pytorch.simmim import SimMIM
-from vit_pytorch.simple_vit_with_register_tokens import SimpleViT as WithRegisterTokens
+from vit_pytorch.simple_vit_with_value_residual import SimpleViT as WithValueResidual
 
 import convert
 from convert import ConversionError, ConversionWarning, inspect
@@ -706,7 +706,7 @@ def test_a_subclass_and_a_namesake_are_other_modules() -> None:
             return 2 * super().forward(images)
 
     mine = SimpleViT(**FIELDS)
-    for other in (mine, WithRegisterTokens(**FIELDS)):
+    for other in (mine, WithValueResidual(**FIELDS)):
         message = refusal(other)
         assert f'This module is a {type(other).__module__}.{type(other).__qualname__}, which is none of' in message
         assert message.endswith('If it computes what one of those does, pass its state_dict().')
