@@ -18,8 +18,9 @@ test: lint
 	$(BIN)/$(PYTEST)
 
 # Annotations are checked by `make test`; without that a test takes four fifths of the time.
+# `make fast-test TESTS=parity_tests/models` is one room's.
 fast-test: lint
-	JAXTYPING_DISABLE=1 $(BIN)/$(PYTEST) -m 'not slow and not releases'
+	JAXTYPING_DISABLE=1 $(BIN)/$(PYTEST) -m 'not slow and not releases' $(TESTS)
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
