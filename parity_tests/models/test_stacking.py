@@ -236,7 +236,7 @@ def test_the_state_of_an_optimizer_and_a_mask() -> None:
     assert_same_bits(unstack_layers(ours), updates)
     assert jax.tree.leaves(stack_layers(mask))[0] in (True, False)
     assert structure(stack_layers(mask)) == structure(stack_layers(variables))
-    with pytest.raises(ValueError, match='how many blocks'):
+    with pytest.raises(ValueError, match='number of blocks is unknown'):
         unstack_layers(stack_layers(mask))
     mask['params']['transformer']['layers_0_0']['norm']['scale'] = True
     with pytest.raises(ValueError, match=r'layers_0/norm/scale of the blocks cannot be stacked: it is True, False'):
