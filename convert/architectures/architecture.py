@@ -211,6 +211,7 @@ class Architecture:
     blocks: str = 'transformer.layers'  # PyTorch's name of their list, of pairs of attention and feed-forward
     attention_maps: tuple[AttentionMap, ...] = ()
     way: type[Way] | None = None  # its parts in numpy, to tell causes; None: no cause is known
+    truth: str = 'PyTorch'  # what a port must compute; where it is no PyTorch, `way` computes that
 
     @property
     def release_fields(self) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """The paper's own DeepViT: the names that dvit_repo gave, and what people get wrong in it. Imports flax_vit."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +121,14 @@ class OfficialDeepViTWay(Way):
     def patch_embedding(self, image: np.ndarray) -> np.ndarray:
         if not self.model.cnn_stem:
             return super().patch_embedding(image)
-        x = image
+        x, others = image, self.batch if self.statistics_of == 'batch' else ()
         for conv, norm, stride in ((1, 2, 2), (4, 5, 1)):
-            x = self.convolution(x, self.tensors[f'to_patch_embedding.{conv}.weight'], stride)
-            x = np.maximum(self.batch_norm(x, f'to_patch_embedding.{norm}'), 0)
+            x, *others = (
+                self.convolution(each, self.tensors[f'to_patch_embedding.{conv}.weight'], stride)
+                for each in (x, *others)
+            )
+            normalised = self.batch_norm(f'to_patch_embedding.{norm}', others)
+            x, *others = (np.maximum(normalised(each), 0) for each in (x, *others))
         rows, columns = pair(self.model.patch_size)
         patches = rearrange(x, self.cut, p1=rows // 2, p2=columns // 2)
         return self.linear(patches, 'to_patch_embedding.8')
@@ -139,14 +143,14 @@ class OfficialDeepViTWay(Way):
         windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size), axis=(0, 1))[::stride, ::stride]
         return self.product(rearrange(windows, 'h w c i j -> h w (c i j)'), weight.reshape(len(weight), -1).T)
 
-    def batch_norm(self, x: np.ndarray, name: str) -> np.ndarray:
-        """Of the features in the last axis."""
+    def batch_norm(self, name: str, batch: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+        """Of the features in the last axis, with the running statistics, or with those of a `batch`."""
         mean, variance = self.tensors[f'{name}.running_mean'], self.tensors[f'{name}.running_var']
-        if self.statistics_of == 'batch':  # of this image alone
-            others = tuple(range(x.ndim - 1))
-            mean, variance = x.mean(axis=others), x.var(axis=others)
-        normalised = (x - mean) / np.sqrt(variance + BATCH_NORM_EPSILON)
-        return normalised * self.tensors[f'{name}.weight'] + self.tensors[f'{name}.bias']
+        if batch:
+            features = np.concatenate([each.reshape(-1, each.shape[-1]) for each in batch])
+            mean, variance = features.mean(axis=0), features.var(axis=0)
+        factor = self.tensors[f'{name}.weight'] / np.sqrt(variance + BATCH_NORM_EPSILON)
+        return lambda x: (x - mean) * factor + self.tensors[f'{name}.bias']
 
     def attention(self, x: np.ndarray, name: str) -> np.ndarray:
         return super().attention(self.adjustment * x, name) / self.adjustment
@@ -157,8 +161,15 @@ class OfficialDeepViTWay(Way):
     def reattended(self, attn: np.ndarray, name: str) -> np.ndarray:
         if 're-attention' in self.left_out or f'{name}.reatten_matrix.weight' not in self.tensors:
             return attn
-        mixed = self.linear(np.moveaxis(attn, 0, -1), f'{name}.reatten_matrix')
-        return np.moveaxis(self.batch_norm(mixed, f'{name}.var_norm'), -1, 0) * self.after
+
+        def mixed(attn: np.ndarray) -> np.ndarray:
+            return self.linear(np.moveaxis(attn, 0, -1), f'{name}.reatten_matrix')
+
+        batch = [
+            mixed(self.attention_map(*self.queries_keys_values(self.adjustment * x, name)[:2]))
+            for x in (self.batch if self.statistics_of == 'batch' else ())
+        ]
+        return np.moveaxis(self.batch_norm(f'{name}.var_norm', batch)(mixed(attn)), -1, 0) * self.after
 
 
 class OfficialDeepViTArchitecture(Architecture):

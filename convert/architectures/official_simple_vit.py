@@ -85,12 +85,12 @@ class OfficialSimpleViTWay(Way):
     def logits(self, x: np.ndarray) -> np.ndarray:
         if self.model.rep_size:
             x = self.linear(x, 'pre_logits')
-            x = x if 'tanh' in self.left_out else np.tanh(x)
+            x = x if 'tanh' in self.left_out else self.rounded(np.tanh(self.wide(x)))
         return super().logits(x)
 
 
 class OfficialSimpleViTArchitecture(Architecture):
-    """big_vision's ViT with posemb='sincos2d' and pool_type='gap'. Its truth is JAX; the PyTorch module is our own."""
+    """big_vision's ViT with posemb='sincos2d' and pool_type='gap'. As its truth is JAX, it is compared with numpy."""
 
     model = OfficialSimpleViT
     torch_classes = ('convert.references.simple_vit.SimpleViT',)
@@ -127,6 +127,7 @@ class OfficialSimpleViTArchitecture(Architecture):
     }
     attention_maps = (AttentionMap('attend', 'attend'),)
     way = OfficialSimpleViTWay
+    truth = 'big_vision'
 
     def quantities(self, model: Any) -> dict[str, int]:
         height, width = pair(model.patch_size)

@@ -1,5 +1,6 @@
 """The parts of a model once more, in plain numpy and float64, with what people get wrong as arguments."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -32,12 +33,12 @@ def gelu(x: np.ndarray) -> np.ndarray:
     """By the error function."""
     from scipy.special import erf  # which takes a tenth of a second, and only a port that is wrong comes here
 
-    return x * (1 + erf(x / np.sqrt(2))) / 2
+    return x * (1 + erf(x / math.sqrt(2))) / 2
 
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     'erf': gelu,
-    'tanh': lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2,
+    'tanh': lambda x: x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
     'sigmoid': lambda x: x / (1 + np.exp(-1.702 * x)),
     'relu': lambda x: np.maximum(x, 0),
 }
@@ -45,7 +46,7 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 @dataclass(frozen=True)
 class Way:
-    """A way to compute the parts of a model for one image, in float64. The defaults are PyTorch's."""
+    """A way to compute the parts of a model for one image. The defaults are PyTorch's, in float64."""
 
     # PyTorch's names of modules within their part
     TO_OUT: ClassVar[str]
@@ -76,6 +77,8 @@ class Way:
     norm_when: str = 'before'  # pooling
     pool: str = 'mean'
     products: str = 'float64'  # what the inputs of matrix products are rounded to
+    dtype: str = 'float64'  # what all results are rounded to, also within a part; sums are in float32 at least
+    batch: Sequence[np.ndarray] = ()  # what goes into the part, of every image: for what looks at them all
 
     @classmethod
     def right(cls, model: Any, tensors: Mapping[str, np.ndarray]) -> 'Way':
@@ -129,18 +132,21 @@ class Way:
 
     def compute(self, part: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """The output of the part that PyTorch calls so; `inputs` as `part_inputs` gives them."""
-        if 'residual' in self.left_out:
-            inputs = inputs[-1:]
-        x = sum(inputs[1:], start=inputs[0])
+        x = self.joined(part, inputs)
         if part.startswith('to_patch_embedding'):
             return self.patch_embedding(x)
         if part == 'to_latent':
             return self.pooled(x)
         if part == '':
             return self.logits(x)
-        if part == 'transformer.layers.0.0':
-            x = self.embedded(x)
         return self.attention(x, part) if part.endswith('.0') else self.feed_forward(x, part)
+
+    def joined(self, part: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
+        """What goes into a part, of the addends."""
+        if 'residual' in self.left_out:
+            inputs = inputs[-1:]
+        x = sum(inputs[1:], start=inputs[0])
+        return self.embedded(x) if part == 'transformer.layers.0.0' else x
 
     def patch_embedding(self, image: np.ndarray) -> np.ndarray:
         """(height, width, channels) -> (tokens, dim)."""
@@ -159,17 +165,24 @@ class Way:
         return x + self.tensors['pos_embedding'].reshape(-1, x.shape[1])[: len(x)]
 
     def attention(self, x: np.ndarray, name: str) -> np.ndarray:
-        qkv = self.linear(self.norm(x, f'{name}.norm'), f'{name}.to_qkv')
-        q, k, v = rearrange(qkv, 'n (qkv h d) -> qkv h n d', qkv=3, h=self.heads)
-        q, k = self.normalised(q, f'{name}.q_norm'), self.normalised(k, f'{name}.k_norm')
-        dots = self.product(q, k.swapaxes(1, 2)) * (self.scale or q.shape[-1] ** -0.5)
-        rounded = ROUNDINGS[self.softmax](dots)
-        attn = np.exp(rounded - rounded.max(axis=self.softmax_axis, keepdims=True))
-        attn = np.asarray(attn / attn.sum(axis=self.softmax_axis, keepdims=True), np.float64)
-        out = self.product(self.reattended(attn, name), v)
+        q, k, v = self.queries_keys_values(x, name)
+        out = self.rounded(self.product(self.reattended(self.attention_map(q, k), name), v))
         joined = out.reshape(len(x), -1) if self.join == 'reshape' else rearrange(out, f'h n d -> {self.join}')
         projection = f'{name}.{self.TO_OUT}'
         return self.linear(joined, projection) if f'{projection}.weight' in self.tensors else joined
+
+    def queries_keys_values(self, x: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Each (heads, tokens, dim_head)."""
+        qkv = self.linear(self.norm(x, f'{name}.norm'), f'{name}.to_qkv')
+        q, k, v = rearrange(qkv, 'n (qkv h d) -> qkv h n d', qkv=3, h=self.heads)
+        return self.normalised(q, f'{name}.q_norm'), self.normalised(k, f'{name}.k_norm'), v
+
+    def attention_map(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+        """The softmax (heads, queries, keys)."""
+        dots = self.rounded(self.product(q, k.swapaxes(1, 2)) * (self.scale or q.shape[-1] ** -0.5))
+        logits = ROUNDINGS[self.softmax](self.wide(dots))
+        attn = np.exp(logits - logits.max(axis=self.softmax_axis, keepdims=True))
+        return self.rounded(self.wide(attn / attn.sum(axis=self.softmax_axis, keepdims=True)))
 
     def normalised(self, x: np.ndarray, name: str) -> np.ndarray:
         """What becomes of queries or keys (heads, tokens, dim_head) before they are multiplied."""
@@ -180,13 +193,13 @@ class Way:
         return attn
 
     def feed_forward(self, x: np.ndarray, name: str) -> np.ndarray:
-        x = ACTIVATIONS[self.activation](self.linear(self.norm(x, f'{name}.net.0'), f'{name}.net.1'))
-        return self.linear(x, f'{name}.{self.SECOND_LINEAR}')
+        x = self.wide(self.linear(self.norm(x, f'{name}.net.0'), f'{name}.net.1'))
+        return self.linear(self.rounded(ACTIVATIONS[self.activation](x)), f'{name}.{self.SECOND_LINEAR}')
 
     def pooled(self, x: np.ndarray) -> np.ndarray:
         if self.final_norm and self.norm_when == 'before':
             x = self.norm(x, self.final_norm)
-        x = self.pools(x)[self.pool].mean(axis=0)
+        x = self.rounded(self.wide(self.pools(x)[self.pool]).mean(axis=0))
         return self.norm(x, self.final_norm) if self.final_norm and self.norm_when == 'after' else x
 
     def pools(self, x: np.ndarray) -> dict[str, np.ndarray]:
@@ -202,23 +215,31 @@ class Way:
         return self.linear(self.norm(x, f'{head}.0'), f'{head}.1')
 
     def linear(self, x: np.ndarray, name: str) -> np.ndarray:
-        return self.product(x, self.tensors[f'{name}.weight'].T) + self.tensors.get(f'{name}.bias', 0.0)
+        return self.rounded(self.product(x, self.tensors[f'{name}.weight'].T) + self.tensors.get(f'{name}.bias', 0.0))
 
     def product(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        a, b = (np.asarray(ROUNDINGS[self.products](x), np.float64) for x in (a, b))
-        return a @ b
+        """The sums, not rounded yet."""
+        return self.wide(ROUNDINGS[self.products](a)) @ self.wide(ROUNDINGS[self.products](b))
+
+    def wide(self, x: np.ndarray) -> np.ndarray:
+        """In the dtype that sums are in."""
+        return np.asarray(x, np.float64 if self.dtype == 'float64' else np.float32)
+
+    def rounded(self, x: np.ndarray) -> np.ndarray:
+        """In the dtype that is computed in."""
+        return ROUNDINGS[self.dtype](x)
 
     def norm(self, x: np.ndarray, name: str) -> np.ndarray:
         if name in self.left_out:
             return x
-        rounded = ROUNDINGS[self.statistics](x)
+        rounded = ROUNDINGS[self.statistics](self.wide(x))
         mean = rounded.mean(axis=-1, keepdims=True)
         if self.variance == 'fast':
             variance = np.maximum((rounded * rounded).mean(axis=-1, keepdims=True) - mean * mean, 0)
         else:
             variance = rounded.var(axis=-1, keepdims=True, ddof=1 if self.variance == 'unbiased' else 0)
         normalised = (rounded - mean) / np.sqrt(variance + self.epsilons.get(name, self.epsilon))
-        return normalised * self.tensors[f'{name}.weight'] + self.tensors[f'{name}.bias']
+        return self.rounded(normalised * self.tensors[f'{name}.weight'] + self.tensors[f'{name}.bias'])
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +277,7 @@ def part_inputs(way: Way, image: np.ndarray, outputs: Mapping[str, np.ndarray], 
     """
     before = list(outputs)[: list(outputs).index(part)]
     if not before:
-        return [np.asarray(image, np.float64)]
+        return [way.rounded(way.wide(image))]
     if part == '' or len(before) == 1:
         return [outputs[before[-1]]]
     return [way.embedded(outputs[before[0]]), *(outputs[name] for name in before[1:])]

@@ -11,6 +11,7 @@ from flax import linen as nn
 from rich.markup import escape
 
 from convert import conversion
+from convert.architectures import architecture_of
 from convert.command_line import demo, export
 from convert.command_line.console import out, print_json, working
 from convert.command_line.display import (
@@ -147,7 +148,7 @@ def verify_checkpoint(
     if images:
         with working(f'Reading {images}'):
             loaded = load_images(images, model, count)
-    with working(f'Running PyTorch and Flax, in float64 and {dtype}'):
+    with working(f'Running {architecture_of(model).truth} and Flax, in float64 and {dtype}'):
         proof = parity.verify(
             source,
             converted=converted,
@@ -174,10 +175,12 @@ def verify_kept(source: str, *, data: Path | None) -> bool:
     """Hold the folder `source` against the outputs of PyTorch that were kept there."""
     with working('Running Flax on the images that were kept'):
         row = outputs.recheck(Path(source))
-    show_rows([row], 'float32')
+    verified = (read_config(source)['source'] or {}).get('verified', {})
+    truth = verified.get('truth', 'PyTorch')
+    show_rows([row], 'float32', truth)
     words = 'computes' if row.right else 'does not compute'
-    out.print(verdict(row.right, f'the Flax model {words} what PyTorch did when it was verified.'))
-    if verified := (read_config(source)['source'] or {}).get('verified'):  # it may stand on what was assumed
+    out.print(verdict(row.right, f'the Flax model {words} what {truth} did when it was verified.'))
+    if verified:  # it may stand on what was assumed
         out.print('Then it was said:', escape(verified['verdict']))
     keep_figures(data, figures_of(row))
     return row.right

@@ -73,12 +73,12 @@ def show_converted(config: Mapping[str, Any]) -> None:
 
 def show_report(report: Report) -> None:
     """The errors of every part, and the verdict."""
-    show_rows(report.rows, report.dtype)
+    show_rows(report.rows, report.dtype, report.truth)
     if report.gradients:
         shown = [row for row in report.gradients if not row.right]
         shown = shown or sorted(report.gradients, key=lambda row: -row.exact)[:5]
         out.print(f'\ngradients of {len(report.gradients)} parameters; the {len(shown)} furthest apart:')
-        show_rows(shown, report.dtype)
+        show_rows(shown, report.dtype, 'PyTorch')
     if jax.default_backend() != 'cpu':
         out.print(f'on {jax.devices()[0].device_kind}, asking for the highest precision of matrix products')
     if report.table is not None:
@@ -91,9 +91,8 @@ def show_report(report: Report) -> None:
         out.print(escape(f'  {cause}'))
     source = report.inspection.layout.source
     if source != 'vit-pytorch':
-        out.print(
-            f"The PyTorch module is this project's own version of {source}: docs/pretrained.md says how it is tested."
-        )
+        what = 'PyTorch module' if report.truth == 'PyTorch' else 'forward pass in numpy'
+        out.print(f"The {what} is this project's own version of {source}: docs/pretrained.md says how it is tested.")
     out.print(f'[dim]A port is {report.criterion}[/]')
 
 
@@ -115,13 +114,13 @@ def verdict(right: bool, words: str) -> str:
     return f'{"[green]RIGHT[/]" if right else "[red]WRONG[/]"}: {escape(words)}'
 
 
-def show_rows(rows: list[Row], dtype: str) -> None:
-    """The errors of these parts."""
+def show_rows(rows: list[Row], dtype: str, truth: str) -> None:
+    """The errors of these parts, and those of what is the `truth` in float64."""
     table = Table(box=None, pad_edge=False)
     table.add_column('part')
-    headings = ['float64: Flax - PyTorch']
+    headings = [f'float64: Flax - {truth}']
     if dtype != 'float64':
-        headings += [f'{dtype}: Flax', f'{dtype}: PyTorch', 'ratio']
+        headings += [f'{dtype}: Flax', f'{dtype}: {truth}', 'ratio']
     for heading in (*headings, ''):
         table.add_column(heading, justify='right')
     for row in rows:

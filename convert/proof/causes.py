@@ -31,30 +31,37 @@ SAME_SIZE = 4.0
 def causes(
     model: nn.Module,
     tensors: Mapping[str, np.ndarray],
-    image: np.ndarray,
+    images: np.ndarray,
     truth: Mapping[str, np.ndarray],
     part: str,
+    worst: int,
     output: np.ndarray,
     variables: Mapping[str, Any] | None = None,
     dtype: str = 'float64',
 ) -> list[str]:
     """Why the port's output of a part is not PyTorch's, in words; more than one where they cannot be told apart.
 
-    `model`: the right one. `tensors`: the source's, by today's names. `image` (height, width, channels) and `truth`,
-    PyTorch's outputs for it in float64, by part in computing order, each without the axis of the batch. `output`: the
-    port's, computed in `dtype`. `variables`: the port's, for a look whether they are the source's. Whatever is before
+    `model`: the right one. `tensors`: the source's, by today's names. `images` (batch, height, width, channels) and
+    `truth`, PyTorch's outputs for them in float64, by part in computing order. `output`: the port's for the image
+    `worst`, computed in `dtype`. `variables`: the port's, for a look whether they are the source's. Whatever is before
     the part is right.
     """
     kind = architecture_of(model).way
+    right_output = truth[part][worst]
     if kind is None:
-        return [f'no mistakes are known of a {type(model).__name__}: it is {compared(output, truth[part])}']
+        return [f'no mistakes are known of a {type(model).__name__}: it is {compared(output, right_output)}']
     with np.errstate(all='ignore'):  # a mistake may well overflow
         way = kind.for_part(model, tensors, part)
-        inputs = part_inputs(way, image, truth, part)
+        batch = [
+            part_inputs(way, image, {name: outputs[number] for name, outputs in truth.items()}, part)
+            for number, image in enumerate(images)
+        ]
+        inputs = batch[worst]
+        way = replace(way, batch=[way.joined(part, each) for each in batch])
 
         def known() -> Iterator[Mistake]:
             """Anew each time: of a large model all mistakes' tensors together are many gigabytes."""
-            return mistakes(way, part, len(truth[part]))
+            return mistakes(way, part, len(right_output))
 
         found, ours = wrong_parameters(way, part, known(), variables or {})
         if found:
@@ -79,7 +86,7 @@ def causes(
         pairs = (default.and_also(each) for each in known() if each.words != default.words) if default else ()
         fit = fitting(known()) or fitting(pairs) or _rounding(way, part, inputs, output, dtype)
         count = sum(1 for _ in known())
-        return found + (fit or [f'none of the {count} known mistakes fits: it is {compared(output, truth[part])}'])
+        return found + (fit or [f'none of the {count} known mistakes fits: it is {compared(output, right_output)}'])
 
 
 def table_causes(model: nn.Module, limit: float) -> list[str]:
@@ -149,14 +156,14 @@ def compared(ours: np.ndarray, theirs: np.ndarray) -> str:
         return f'not finite in {np.sum(~np.isfinite(ours))} of {ours.size} places'
     factor = float((ours * theirs).sum() / (theirs * theirs).sum()) if theirs.any() else 0.0
     if error(ours, factor * theirs) <= FITS and factor:
-        return f"PyTorch's times {factor:.6g}"
+        return f"the source's times {factor:.6g}"
     if not ours.any():
         return 'zero everywhere'
     if error(np.sort(ours, axis=None), np.sort(theirs, axis=None)) <= FITS:
-        return "PyTorch's values in another order"
+        return "the source's values in another order"
     ratio = size(ours) / size(theirs) if theirs.any() else np.inf
     return (
-        f"{np.abs(ours - theirs).max():.1e} from PyTorch's at most, {size(ours - theirs) / (size(theirs) or 1):.1e} "
+        f"{np.abs(ours - theirs).max():.1e} from the source's at most, {size(ours - theirs) / (size(theirs) or 1):.1e} "
         f'of its size on the whole, and {ratio:.4g} times as large'
     )
 

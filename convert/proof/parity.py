@@ -17,6 +17,7 @@ from convert.errors import ConversionError, with_article
 from convert.proof.causes import causes, table_causes
 from convert.proof.flax_side import FlaxSide
 from convert.proof.measure import GRADIENT_LIMIT, OUTPUT_LIMIT, RATIO, SMALLEST, Row, Sides, compare, moved, settled
+from convert.proof.numpy_side import NumpySide
 from convert.proof.torch_side import TorchSide
 from convert.recognition.names import differences, leaf
 from flax_vit.architectures import name_of
@@ -46,6 +47,11 @@ class Report:
     rounded: str  # 'bfloat16' where the converted parameters are the source's rounded to it, and both sides have them
 
     @property
+    def truth(self) -> str:
+        """What the port is compared with: 'PyTorch', or whose model it is where numpy computes it."""
+        return architecture_of(self.inspection.model).truth
+
+    @property
     def criterion(self) -> str:
         """When a port is right, in words."""
         gradients = f', and of every gradient at most {GRADIENT_LIMIT:.0e}' if self.gradients else ''
@@ -53,7 +59,7 @@ class Report:
         if self.dtype != 'float64':
             text += (
                 f', and in {self.dtype} the Flax model is at most {RATIO:.0f} times as far from the float64 truth as '
-                'PyTorch itself, in one of as many runs as it takes to rule out chance'
+                f'{self.truth} itself, in one of as many runs as it takes to rule out chance'
             )
         return f'{text}. All relative to the size of what is compared.'
 
@@ -88,22 +94,22 @@ class Report:
         """In a sentence, after RIGHT or WRONG."""
         if self.first is None:
             if self.table and not self.table.right:
-                return f'the {self.table.name} is not that of PyTorch.'
+                return f'the {self.table.name} is not that of {self.truth}.'
             weights = f', with the parameters rounded to {self.rounded}' if self.rounded else ''
             if not self.inspection.assumptions:
-                return f'the Flax model computes what PyTorch does{weights}.'
+                return f'the Flax model computes what {self.truth} does{weights}.'
             return (
-                f'the Flax model computes what PyTorch does{weights}, if {self.inspection.assumptions}: both sides '
+                f'the Flax model computes what {self.truth} does{weights}, if {self.inspection.assumptions}: both sides '
                 'assume that, and it cannot be inferred from the weights. Pass what you know as arguments, or '
                 'compare with outputs of your own model (--reference).'
             )
         if self.first.same_function and self.table_right:
             return (
                 f'the same function, computed too coarsely: in float64 both agree, but in {self.dtype} '
-                f'{self.first.label} is {self.first.ratio:.3g} times as far from the truth as PyTorch, in the best of '
-                f'{self.runs} run{"s" if self.runs > 1 else ""}; rounding explains at most {RATIO:.0f} times.'
+                f'{self.first.label} is {self.first.ratio:.3g} times as far from the truth as {self.truth}, in the best '
+                f'of {self.runs} run{"s" if self.runs > 1 else ""}; rounding explains at most {RATIO:.0f} times.'
             )
-        return f'the Flax model does not compute what PyTorch does. The first difference is in: {self.first.label}.'
+        return f'the Flax model does not compute what {self.truth} does. The first difference is in: {self.first.label}.'
 
 
 def verify(
@@ -167,7 +173,8 @@ def verify(
             images = random.standard_normal((count, *input_shape(inspection.model)), np.float32)
         model = reads_channels_last(model)
         parts = labels(inspection.model)
-        torch, flax = TorchSide(inspection, tensors), FlaxSide(model, variables)
+        side = TorchSide if architecture_of(model).truth == 'PyTorch' else NumpySide
+        torch, flax = side(inspection, tensors), FlaxSide(model, variables)
         logits = jax.eval_shape(model.apply, variables, images)
         weights = random.standard_normal(logits.shape) if gradients else None
         outputs, rows = measured(torch, flax, parts, images, weights, dtype)
@@ -230,7 +237,7 @@ def measured(
         moves = {name: np.subtract(tensors[name], tensor, dtype=np.float64) for name, tensor in torch.tensors.items()}
         other = None if weights is None else moved(weights, dtype, run, 'weights')
         return measure(
-            TorchSide(torch.inspection, tensors), flax.moved(moves), moved(images, dtype, run, 'images'), other
+            type(torch)(torch.inspection, tensors), flax.moved(moves), moved(images, dtype, run, 'images'), other
         )[1]
 
     outputs, rows = measure(torch, flax, images, weights)
@@ -329,11 +336,11 @@ def explain(
         return [f'{table.name}: {cause}' for cause in wrong] if table else []
     sides = outputs[row.name]
     if not np.isfinite(sides.truth).all():
-        return [f"{row.label}: PyTorch's own output is not finite; the weights or the images hold NaN or infinity"]
+        return [f"{row.label}: the source's own output is not finite; the weights or the images hold NaN or infinity"]
     output, run_in = (sides.port, dtype) if row.same_function else (sides.exact, 'float64')
-    worst = np.abs(output - sides.truth).reshape(len(images), -1).max(axis=1).argmax()
-    truth = {name: outputs[name].truth[worst] for name in labels(inspection.model)}  # in computing order
-    found = causes(inspection.model, tensors, images[worst], truth, row.name, output[worst], variables, run_in)
+    worst = int(np.abs(output - sides.truth).reshape(len(images), -1).max(axis=1).argmax())
+    truth = {name: outputs[name].truth for name in labels(inspection.model)}  # in computing order
+    found = causes(inspection.model, tensors, images, truth, row.name, worst, output[worst], variables, run_in)
     return [f'{row.label}: {cause}' for cause in found]
 
 

@@ -49,15 +49,15 @@ def draw(report: Report, figures: Mapping[str, Any]) -> dict[str, str | None]:
 
 def errors(figures: Mapping[str, Any]) -> str:
     """Error against depth on a log scale: Flax and PyTorch in the compared dtype, and their difference in float64."""
-    parts, dtype = figures['parts'], figures['run']['dtype']
+    parts, dtype, truth = figures['parts'], figures['run']['dtype'], figures['truth']
     count = len(parts)
     figure, axes = _figure(4.5, bottom=0.75, top=0.1, right=0.75)
-    curves = {'Flax − PyTorch, float64': ('float64', INK, '-', 'o'), 'limit, float64': ('limit', INK, ':', '')}
+    curves = {f'Flax − {truth}, float64': ('float64', INK, '-', 'o'), 'limit, float64': ('limit', INK, ':', '')}
     if dtype != 'float64':
         ratio = f'{figures["limits"]["ratio"]:.0f}'
         curves |= {
-            f'limit: {ratio} × PyTorch’s error': ('flax_limit', TORCH, ':', ''),
-            f'PyTorch’s error, {dtype}': ('torch', TORCH, '-', 's'),
+            f'limit: {ratio} × {truth}’s error': ('flax_limit', TORCH, ':', ''),
+            f'{truth}’s error, {dtype}': ('torch', TORCH, '-', 's'),
             f'Flax’s error, {dtype}': ('flax', FLAX, '-', 'o'),
         }
     values = {label: np.array([part[key] for part in parts]) for label, (key, *_) in curves.items()}
@@ -108,7 +108,7 @@ def logits(report: Report) -> str:
     truth, theirs, _, ours = report.logits
     sides = {'Flax': (ours - truth, FLAX)}
     if report.dtype != 'float64':
-        sides['PyTorch'] = (theirs - truth, TORCH)
+        sides[report.truth] = (theirs - truth, TORCH)
     finite = {label: difference[np.isfinite(difference)] for label, (difference, _) in sides.items()}
     largest = max((np.abs(difference).max(initial=0) for difference in finite.values()), default=0) or 1e-17
     exponent = int(np.floor(np.log10(largest)))
@@ -130,7 +130,7 @@ def logits(report: Report) -> str:
             number, 1.03, text, transform=axes.transAxes, color=colour, weight='bold', ha='right' if number else 'left'
         )
     power = ', in 10' * (exponent != 0) + str(exponent or '').translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))
-    axes.set(xlabel=f'logit − the same logit of PyTorch in float64{power}', ylabel='number of logits')
+    axes.set(xlabel=f'logit − the same logit of {report.truth} in float64{power}', ylabel='number of logits')
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.axvline(0, color=MUTED, linewidth=0.8, zorder=0)
     return _data_url(figure)
@@ -180,7 +180,7 @@ def attention(report: Report) -> str:
             line[2].set_axis_off()
         line[0].set_ylabel(label.replace(', ', '\n'), rotation=0, ha='left', va='center', labelpad=0)
         line[0].yaxis.set_label_coords(-left / column, 0.5)
-    for number, (title, colour) in enumerate({'PyTorch': TORCH, 'Flax': FLAX, 'Flax − PyTorch': INK}.items()):
+    for number, (title, colour) in enumerate({report.truth: TORCH, 'Flax': FLAX, f'Flax − {report.truth}': INK}.items()):
         centre = (left + column / 2 + number * (column + gap)) / WIDTH
         figure.text(centre, 1 - 0.2 / height, title, color=colour, weight='bold', ha='center')
     return _data_url(figure)

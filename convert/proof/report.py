@@ -76,7 +76,7 @@ def figures_of(
     `command` ran it; `images` says where given ones are from; `converted` is the folder that was verified, if one was.
 
     - format, time (UTC), command
-    - right; verdict and criterion in words; first: the label of the first part that is wrong, or null
+    - right; verdict and criterion in words; truth: 'PyTorch', or whose model 'torch' stands for below; first: the label of the first part that is wrong, or null
     - causes: why the two part, where that was found
     - limits: float64, gradients, ratio
     - source: name, files {name: sha256}, format, key, layout {id, wrote it}, dtypes, parameters, tensors,
@@ -105,6 +105,7 @@ def figures_of(
         'command': command,
         'right': report.right,
         'verdict': report.verdict,
+        'truth': report.truth,
         'criterion': report.criterion,
         'first': first,
         'causes': report.causes,
@@ -156,7 +157,7 @@ def figures_of(
 def certificate(report: Report) -> dict[str, Any]:
     """The figures of a report that are kept with the converted weights."""
     figures = figures_of(report)
-    return {name: figures[name] for name in ('time', 'verdict', 'criterion', 'run', 'parts', 'table', 'logits')}
+    return {name: figures[name] for name in ('time', 'verdict', 'truth', 'criterion', 'run', 'parts', 'table', 'logits')}
 
 
 def _row(row: Row) -> dict[str, Any]:

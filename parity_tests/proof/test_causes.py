@@ -179,7 +179,7 @@ def parameters_rounded(port: Port) -> None:
     port.change('', lambda parameter: parameter.astype(jnp.bfloat16).astype(parameter.dtype))
 
 
-@named("block 0 attention: norm.weight: not the source's, at most … apart; PyTorch's times 1.25")
+@named("block 0 attention: norm.weight: not the source's, at most … apart; the source's times 1.25")
 def scale_of_a_norm_grown(port: Port) -> None:
     port.change('layers_0_0/norm/scale', lambda scale: 1.25 * scale)
 
@@ -323,13 +323,13 @@ def pooled_by_the_mean_of_the_patches(port: Port) -> None:
     submodules(port, 'transformer', mean)
 
 
-@named("logits: none of the … known mistakes fits: it is PyTorch's times 1.5")
+@named("logits: none of the … known mistakes fits: it is the source's times 1.5")
 def logits_grown(port: Port) -> None:
     deep = port.file is flax_vit.deep_vit
     submodules(port, 'mlp_head_1' if deep else 'linear_head', lambda call, x, keywords, module: 1.5 * call(x))
 
 
-@named("block 0 feed-forward: none of the … known mistakes fits: it is … from PyTorch's at most … times as large")
+@named("block 0 feed-forward: none of the … known mistakes fits: it is … from the source's at most … times as large")
 def something_unknown(port: Port) -> None:
     port.substitute_gelu(jnp.sin)
 
@@ -440,14 +440,15 @@ def test_noise_of_bfloat16s_size_is_not_called_bfloat16(part: str, float64: None
     model = convert.inspect(module).model
     outputs = pytorch_outputs(module, channels_first(images))
     tensors = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
-    truth = {name: outputs[name][0] for name in labels(model)}
+    truth = {name: outputs[name] for name in labels(model)}
     kind: Any = architecture_of(model).way
     way = kind.for_part(model, tensors, part)
-    inputs = ways.part_inputs(way, images[0], truth, part)
+    expected = truth[part][0]
+    inputs = ways.part_inputs(way, images[0], {name: output[0] for name, output in truth.items()}, part)
     coarse = next(each for each in mistakes.rounding_mistakes('float32') if 'products in bfloat16' in each.words)
-    rounding = size(coarse.applied(way).compute(part, inputs) - truth[part])
-    noise = rounding * np.random.default_rng(0).standard_normal(truth[part].shape)
-    (said,) = causes.causes(model, tensors, images[0], truth, part, truth[part] + noise, dtype='float32')
+    rounding = size(coarse.applied(way).compute(part, inputs) - expected)
+    noise = rounding * np.random.default_rng(0).standard_normal(expected.shape)
+    (said,) = causes.causes(model, tensors, images, truth, part, 0, expected + noise, dtype='float32')
     assert said.startswith('none of the ')
 
 

@@ -18,6 +18,8 @@ import flax_vit.official_simple_vit
 from convert.architectures import architecture_of
 from convert.conversion import inspect, place
 from convert.proof.flax_side import FlaxSide
+from convert.proof.measure import size
+from convert.proof.numpy_side import NumpySide
 from convert.proof.torch_side import TorchSide
 from flax_vit import (
     OfficialDeepViT,
@@ -141,17 +143,21 @@ def test_simple_vit_computes_every_step_of_big_vision(monkeypatch: pytest.Monkey
     monkeypatch.setattr(OfficialSimpleViT, 'pos_embedding', lambda self, grid=None: table)
     parts = {f'encoder/block0{block}/sa': f'transformer.layers.{block}.0' for block in range(3)}
     parts |= {f'encoder/block0{block}/mlp': f'transformer.layers.{block}.1' for block in range(3)}
-    parts |= {'encoded': 'transformer.norm', 'head_input': 'to_latent', 'logits': ''}
+    parts |= {'head_input': 'to_latent', 'logits': ''}
     for side in sides(inspection):
-        outputs = side.outputs('float64', golden['images'], ['to_patch_embedding.1', *parts.values()])
-        errors = {theirs: relative_error(outputs[ours], golden[theirs]) for theirs, ours in parts.items()}
+        wanted = parts | {'encoded': 'transformer.norm'} if not isinstance(side, NumpySide) else parts
+        outputs = side.outputs('float64', golden['images'], ['to_patch_embedding.1', *wanted.values()])
+        errors = {theirs: relative_error(outputs[ours], golden[theirs]) for theirs, ours in wanted.items()}
         check(errors | {'stem': relative_error(outputs['to_patch_embedding.1'], stem)}, FLOAT64_BOUND)
 
 
 def sides(inspection: Any) -> Iterator[Any]:
-    """PyTorch's and the port's, in 64-bit mode."""
+    """PyTorch's, numpy's where that is the truth, and the port's, in 64-bit mode."""
     with jax.enable_x64(True):
-        yield TorchSide(inspection, inspection.layout.tensors_of_today(inspection.tensors))
+        tensors = inspection.layout.tensors_of_today(inspection.tensors)
+        yield TorchSide(inspection, tensors)
+        if architecture_of(inspection.model).truth != 'PyTorch':
+            yield NumpySide(inspection, tensors)
         yield FlaxSide(inspection.model.clone(image_format='channels_last'), place(inspection))
 
 
@@ -257,6 +263,46 @@ def test_padding_of_the_stem_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     report = convert.verify(tensors, converted=ported, **told(right), dtype='float64', count=2)
     assert report.causes == ["patch embedding: matches padded as 'SAME' instead of by 3 on every side"]
+
+
+@pytest.mark.parametrize(('name', 'part'), [('deep, stem', 'patch embedding'), ('deep, patches', 'block 0 attention')])
+def test_the_statistics_of_a_batch_are_told(name: str, part: str) -> None:
+    """Of all its images: no single one tells them."""
+    right: Any = MODELS[name]
+    tensors = checkpoint(right, random_module(right))
+    ported = convert.from_torch(tensors, **told(right))
+
+    def of_the_batch(call: Any, given: Any, keywords: Any, context: Any) -> Any:
+        module = context.module
+        if not isinstance(module, flax_vit.official_deep_vit.BatchNorm):
+            return call(*given, **keywords)
+        features = jnp.moveaxis(given[0], module.axis, -1)
+        others = tuple(range(features.ndim - 1))
+        deviation = jnp.sqrt(features.var(others) + flax_vit.official_deep_vit.BATCH_NORM_EPSILON)
+        scale, bias = (module.get_variable('params', name) for name in ('scale', 'bias'))
+        return jnp.moveaxis((features - features.mean(others)) / deviation * scale + bias, -1, module.axis)
+
+    with nn.intercept_methods(of_the_batch):
+        report = convert.verify(tensors, converted=ported, **told(right), dtype='float64', count=3)
+    assert report.causes == [f'{part}: matches with the statistics of the batch in BatchNorm (train=True?)']
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_numpy_rounds_as_the_port_does(dtype: str) -> None:
+    """Where numpy is the truth, its own rounding is the measure: neither so coarse nor so fine that it is none."""
+    right: Any = MODELS['simple, with pre_logits'].clone(dim=60, depth=6, mlp_dim=90)
+    tensors = checkpoint(right, random_module(right))
+    report = convert.verify(tensors, **told(right), dtype=dtype, count=4)
+    assert report.right, report.verdict
+    assert 'what big_vision does' in report.verdict
+    assert 1 / 3 <= max(row.ratio for row in report.rows) <= 3
+    inspection = report.inspection
+    pytorch = TorchSide(inspection, inspection.layout.tensors_of_today(inspection.tensors))
+    parts = [row.name for row in report.rows]
+    exact, rounded = (pytorch.outputs(each, report.inputs, parts) for each in ('float64', dtype))
+    for row in report.rows:
+        theirs = size(rounded[row.name] - exact[row.name]) / size(exact[row.name])
+        assert 1 / 3 <= row.torch / theirs <= 3, row.label
 
 
 @pytest.mark.slow
