@@ -36,7 +36,7 @@ from flax_vit.folders.whole_files import sha256
 OWN = re.compile(r'params/(transformer|to_patch_embedding_\d)/')
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """What a source is, before anything is converted."""
 
@@ -88,7 +88,24 @@ class Inspection:
     @property
     def assumptions(self) -> str:
         """What was assumed, as arguments: "pool='cls', dropout=0.0"."""
-        return ', '.join(f'{name}={field.value!r}' for name, field in self.fields.items() if field.how == 'assumed')
+        return self._assumed()
+
+    @property
+    def assumptions_of_outputs(self) -> str:
+        """Likewise, without what matters in training alone."""
+        return self._assumed(checks.TRAINING)
+
+    def _assumed(self, without: frozenset[str] = frozenset()) -> str:
+        assumed = {name: field for name, field in self.fields.items() if field.how == 'assumed' and name not in without}
+        return ', '.join(f'{name}={field.value!r}' for name, field in assumed.items())
+
+    def __repr__(self) -> str:
+        fields = ', '.join(
+            f'{name}={"?" if field.how == "unknown" else repr(field.value)} ({field.how})'
+            for name, field in self.fields.items()
+            if name not in checks.COMPUTATION
+        )
+        return f'<Inspection of {self.source}: {self.origin}; {self.parameters:,} parameters; {fields}>'
 
     @cached_property
     def model(self) -> nn.Module:

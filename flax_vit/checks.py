@@ -11,6 +11,8 @@ from flax import linen as nn
 
 # The fields that say how a model is computed and called, not what it computes.
 COMPUTATION = frozenset({'dtype', 'precision', 'query_chunk_size', 'remat', 'scan_layers', 'image_format'})
+# Those that matter in training alone.
+TRAINING = frozenset({'dropout', 'emb_dropout', 'attention_dropout', 'drop_path'})
 IMAGE_FORMATS = {'channels_last': 'b (h p1) (w p2) c', 'channels_first': 'b c (h p1) (w p2)'}
 FLOATS = ('float64', 'float32', 'float16', 'bfloat16')  # what weights and computations may be in
 

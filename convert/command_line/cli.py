@@ -40,7 +40,7 @@ def examples(*commands: str) -> str:
 
 @click.group(
     context_settings={'help_option_names': ['-h', '--help'], 'rich_help_config': {'text_paragraph_linebreaks': '\n\n'}},
-    epilog=examples('flax-vit demo', 'flax-vit inspect examples/digits/vit.pt'),
+    epilog=examples('flax-vit demo', 'flax-vit inspect vit.pt'),
 )
 @click.version_option(__version__)
 def cli() -> None:
@@ -64,8 +64,8 @@ def work() -> Any:
 @cli.command(
     'inspect',
     epilog=examples(
-        'flax-vit inspect examples/digits/simple_vit.pt',
-        'flax-vit inspect examples/digits/vit.pt --heads 2 --json',
+        'flax-vit inspect simple_vit.pt',
+        'flax-vit inspect vit.pt --heads 2 --json',
     ),
 )
 @click.argument('source', metavar='CHECKPOINT', type=SOURCE)
@@ -83,8 +83,8 @@ def inspect_command(**arguments: Any) -> None:
 @cli.command(
     'convert',
     epilog=examples(
-        'flax-vit convert examples/digits/deep_vit.pt digits --channels 1',
-        'flax-vit convert examples/digits/vit.pt proven --channels 1 --heads 2 --verify',
+        'flax-vit convert deep_vit.pt digits --channels 1',
+        'flax-vit convert vit.pt proven --channels 1 --heads 2 --verify',
     ),
 )
 @click.argument('source', metavar='CHECKPOINT', type=SOURCE)
@@ -103,8 +103,8 @@ def convert_command(**arguments: Any) -> int:
 @cli.command(
     'verify',
     epilog=examples(
-        'flax-vit verify examples/digits/deep_vit.pt --channels 1',
-        'flax-vit verify examples/digits/vit.pt --channels 1 --heads 2 --json',
+        'flax-vit verify deep_vit.pt --channels 1',
+        'flax-vit verify vit.pt --channels 1 --heads 2 --json',
     ),
 )
 @click.argument('source', metavar='CHECKPOINT', type=SOURCE)
@@ -119,8 +119,8 @@ def convert_command(**arguments: Any) -> int:
     metavar='DTYPE',
     default='float32',
     show_default=True,
-    help='Besides float64, compare in this: float32, bfloat16 or float16. In it the port may be 3 times as far from '
-    'the truth as PyTorch is.',
+    help='Besides float64, compare in this: float32, bfloat16 or float16; or float64 alone. In it the port may be 3 '
+    'times as far from the truth as PyTorch is.',
 )
 @click.option('--gradients', is_flag=True, help='Compare the gradient of every parameter, too.')
 @click.option(
@@ -152,8 +152,9 @@ def verify_command(context: click.RichContext, /, **arguments: Any) -> int:
     With OUT, a folder that `convert` wrote, that folder is verified, and fields that you leave out are taken from it.
     This needs torch and vit-pytorch: pip install 'flax-vit[torch]'. The exit status is 0 if the port is right, else 1.
 
-    Two ways need no torch. Give OUT alone, if `convert --verify` wrote it. Or give CHECKPOINT or OUT with --reference,
-    the outputs of your own model; that also shows whether heads or pool were assumed wrongly. Both take --json.
+    Big_vision's weights are compared with numpy and need no torch. Nor does OUT alone, if `convert --verify` wrote it,
+    nor CHECKPOINT or OUT with --reference, the outputs of your own model; that also shows whether heads or pool were
+    assumed wrongly. All take --json.
     """
     written = {
         parameter.name: 'OUT' if parameter.name == 'folder' else parameter.opts[0]
@@ -166,7 +167,7 @@ def verify_command(context: click.RichContext, /, **arguments: Any) -> int:
 @cli.command(
     'export',
     epilog=examples(
-        'flax-vit convert examples/digits/deep_vit.pt digits --channels 1',
+        'flax-vit convert deep_vit.pt digits --channels 1',
         'flax-vit export digits back.safetensors',
     ),
 )
@@ -188,7 +189,7 @@ def export_command(**arguments: Any) -> None:
 @cli.command(
     'serve-export',
     epilog=examples(
-        'flax-vit convert examples/digits/deep_vit.pt digits --channels 1',
+        'flax-vit convert deep_vit.pt digits --channels 1',
         'flax-vit serve-export digits digits.npz --platform cpu',
     ),
 )

@@ -143,6 +143,8 @@ def verify_checkpoint(
     """Run PyTorch on the checkpoint `source`, beside the model in `folder`, or what `source` converts to."""
     fields = given(options)
     converted = loaded_from(folder) if folder is not None else None
+    if converted and folder:
+        fields = told_when_converted(folder, converted[0]) | fields
     model = converted[0] if converted else inspected(source, fields).model
     loaded = None
     if images:
@@ -293,6 +295,12 @@ def keep_figures(target: Path | None, figures: Mapping[str, Any]) -> None:
     elif target:
         report.write_json(target, figures)
         out.print(f'figures: {escape(str(target))}')
+
+
+def told_when_converted(folder: Path, model: Any) -> dict[str, Any]:
+    """The fields that `convert` was given for the model in the folder, and that have an option here."""
+    hows = (read_config(folder)['source'] or {}).get('fields', {})
+    return {name: getattr(model, name) for name in FIELDS if hows.get(name) == 'given' and hasattr(model, name)}
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 from convert.caches import COMPILED, cache_folder
 from convert.versions import PACKAGES, versions
 
+OURS = {'test', 'docs'}  # extras for whoever works on this
+
 
 def examine() -> dict[str, Any]:
     """The versions, what cannot be imported, what JAX runs on, the caches, and what is optional: plain JSON."""
@@ -78,7 +80,7 @@ def _extras() -> dict[str, list[str]]:
         names = metadata('flax-vit').get_all('Provides-Extra') or []
     except PackageNotFoundError:  # run from its sources
         return {}
-    return {name: sorted(_missing('flax-vit', name)) for name in sorted(names)}
+    return {name: sorted(_missing('flax-vit', name)) for name in sorted(set(names) - OURS)}
 
 
 def _missing(package: str, extra: str) -> set[str]:

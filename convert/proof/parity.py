@@ -27,7 +27,7 @@ from flax_vit.parameters import check_variables, input_shape, reads_channels_las
 from flax_vit.stacking import is_stacked, one_by_one, unstack_layers
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What was compared, and whether the port is right."""
 
@@ -96,20 +96,26 @@ class Report:
             if self.table and not self.table.right:
                 return f'the {self.table.name} is not that of {self.truth}.'
             weights = f', with the parameters rounded to {self.rounded}' if self.rounded else ''
-            if not self.inspection.assumptions:
+            assumed = self.inspection.assumptions_of_outputs
+            if not assumed:
                 return f'the Flax model computes what {self.truth} does{weights}.'
             return (
-                f'the Flax model computes what {self.truth} does{weights}, if {self.inspection.assumptions}: both sides '
+                f'the Flax model computes what {self.truth} does{weights}, if {assumed}: both sides '
                 'assume that, and it cannot be inferred from the weights. Pass what you know as arguments, or '
                 'compare with outputs of your own model (--reference).'
             )
         if self.first.same_function and self.table_right:
             return (
                 f'the same function, computed too coarsely: in float64 both agree, but in {self.dtype} '
-                f'{self.first.label} is {self.first.ratio:.3g} times as far from the truth as {self.truth}, in the best '
-                f'of {self.runs} run{"s" if self.runs > 1 else ""}; rounding explains at most {RATIO:.0f} times.'
+                f'{self.first.label} is {self.first.ratio:.3g} times as far from the truth as {self.truth}, in the '
+                f'best of {self.runs} run{"s" if self.runs > 1 else ""}; rounding explains at most {RATIO:.0f} times.'
             )
-        return f'the Flax model does not compute what {self.truth} does. The first difference is in: {self.first.label}.'
+        where = self.first.label
+        return f'the Flax model does not compute what {self.truth} does. The first difference is in: {where}.'
+
+    def __repr__(self) -> str:
+        causes = ''.join(f' {cause}.' for cause in self.causes)
+        return f'<Report: {"RIGHT" if self.right else "WRONG"}: {self.verdict}{causes}>'
 
 
 def verify(

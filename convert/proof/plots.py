@@ -180,7 +180,8 @@ def attention(report: Report) -> str:
             line[2].set_axis_off()
         line[0].set_ylabel(label.replace(', ', '\n'), rotation=0, ha='left', va='center', labelpad=0)
         line[0].yaxis.set_label_coords(-left / column, 0.5)
-    for number, (title, colour) in enumerate({report.truth: TORCH, 'Flax': FLAX, f'Flax − {report.truth}': INK}.items()):
+    titles = {report.truth: TORCH, 'Flax': FLAX, f'Flax − {report.truth}': INK}
+    for number, (title, colour) in enumerate(titles.items()):
         centre = (left + column / 2 + number * (column + gap)) / WIDTH
         figure.text(centre, 1 - 0.2 / height, title, color=colour, weight='bold', ha='center')
     return _data_url(figure)

@@ -76,7 +76,8 @@ def figures_of(
     `command` ran it; `images` says where given ones are from; `converted` is the folder that was verified, if one was.
 
     - format, time (UTC), command
-    - right; verdict and criterion in words; truth: 'PyTorch', or whose model 'torch' stands for below; first: the label of the first part that is wrong, or null
+    - right; verdict and criterion in words; first: the label of the first part that is wrong, or null
+    - truth: 'PyTorch', or whose model numpy computed: 'torch' below then stands for that
     - causes: why the two part, where that was found
     - limits: float64, gradients, ratio
     - source: name, files {name: sha256}, format, key, layout {id, wrote it}, dtypes, parameters, tensors,
@@ -157,7 +158,8 @@ def figures_of(
 def certificate(report: Report) -> dict[str, Any]:
     """The figures of a report that are kept with the converted weights."""
     figures = figures_of(report)
-    return {name: figures[name] for name in ('time', 'verdict', 'truth', 'criterion', 'run', 'parts', 'table', 'logits')}
+    kept = ('time', 'verdict', 'truth', 'criterion', 'run', 'parts', 'table', 'logits')
+    return {name: figures[name] for name in kept}
 
 
 def _row(row: Row) -> dict[str, Any]:

@@ -152,7 +152,6 @@ def test_backslashes_are_printed_as_they_are(flax_vit: Run, monkeypatch: pytest.
 def test_the_examples_of_the_helps(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command has some; each is on one line of 80 columns, and does what it says."""
     monkeypatch.setenv('COLUMNS', '80')
-    shutil.copytree(DIGITS, pathlib.Path('examples', 'digits'))
     for name in ('', *cli.commands):
         status, printed, _ = flax_vit(*name.split(), '--help')
         lines = [line.strip() for line in printed.partition('Examples')[2].splitlines()[1:] if line.strip()]

@@ -15,7 +15,7 @@ from parity_tests.support.reference import dropout_errors
 HEAD = """\
 # Known mistakes
 
-What a deliberate mistake ("slip") in the port does to the parity figures, and what `convert.verify` says about it. The
+What a deliberate mistake ("slip") in the port does to the parity figures, and what `flax_vit.verify` says about it. The
 figure is the largest difference of the logits from PyTorch's, relative to the largest logit, in float64, for the small
 random models of `parity_tests/proof/test_slips.py`; up to 1e-12 a port counts as right.
 `parity_tests/proof/test_causes.py` puts every slip into the port, and checks that it is caught and its cause named. The

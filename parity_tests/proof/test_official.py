@@ -279,7 +279,8 @@ def test_the_statistics_of_a_batch_are_told(name: str, part: str) -> None:
         features = jnp.moveaxis(given[0], module.axis, -1)
         others = tuple(range(features.ndim - 1))
         deviation = jnp.sqrt(features.var(others) + flax_vit.official_deep_vit.BATCH_NORM_EPSILON)
-        scale, bias = (module.get_variable('params', name) for name in ('scale', 'bias'))
+        scale: Any = module.get_variable('params', 'scale')
+        bias: Any = module.get_variable('params', 'bias')
         return jnp.moveaxis((features - features.mean(others)) / deviation * scale + bias, -1, module.axis)
 
     with nn.intercept_methods(of_the_batch):
