@@ -78,7 +78,7 @@ def test_what_both_sides_share_is_named() -> None:
     assert "pool='cls' (assumed), " in repr(report.inspection)
     told: dict[str, Any] = {'pool': 'cls', 'channels': 3}
     assert convert.verify(state_dict, count=1, **told).verdict == 'the Flax model computes what PyTorch does.'
-    model, variables = convert.from_torch(state_dict, **told | {'pool': 'mean'})
+    model, variables = convert.from_torch(state_dict, **told | {'pool': 'mean', 'dropout': 0.0, 'emb_dropout': 0.0})
     report = convert.verify(state_dict, converted=(model, variables), count=1)
     assert report.right
     assert "if pool='mean'" in report.verdict.replace('image_size=8, patch_size=4, ', '')
