@@ -1,6 +1,9 @@
 """How fast the port is beside PyTorch, and how near to the machine's matrix products.
 
-    python benchmarks/speed.py [--quick] [--json FILE] [--picture FILE]
+    python benchmarks/speed.py [--quick | --all] [--only PATTERN] [--record] [--json FILE] [--picture FILE]
+
+--record keeps the figures in docs/figures/speed, in the file of this machine's processor, and makes the tables of
+docs/performance.md anew (`tables.py`).
 
 Every way runs in a process of its own. They run in turn, a quarter of a second each, round after round, so that all
 meet the same machine; a ratio is the median over the rounds. The ceiling is the best rate at which either framework
@@ -15,10 +18,12 @@ import multiprocessing
 import re
 import statistics
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import rich_click as click
+import tables
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -28,23 +33,36 @@ MODELS = ('SimpleViT', 'DeepViT')
 VIT_SIZES = ('S/16', 'B/16')  # ViT's, which computes what SimpleViT does, with a token and dropouts more
 
 
-def cases(*, quick: bool, gpu: bool) -> list[Case]:
+def telling_cases() -> list[Case]:
+    """Those that tell most: every model, size, dtype and work in some case, the usual size S/16 in most."""
+    usual = [Case(model, 'S/16', 8, 'float32', False) for model in (*MODELS, 'ViT')]
+    return [
+        *usual,
+        Case('SimpleViT', 'README', 8, 'float32', False),
+        Case('DeepViT', 'Ti/16', 1, 'float32', False),
+        Case('ViT', 'B/16', 1, 'float32', False),
+        Case('ViT', 'S/16', 8, 'bfloat16', False),
+        Case('DeepViT', 'S/16', 8, 'bfloat16', False),
+        Case('ViT', 'S/16', 8, 'float32', True),
+        *(Case(model, 'Ti/16', 8, 'float32', True) for model in MODELS),
+        Case('SimpleViT', 'Ti/16', 8, 'bfloat16', True),
+    ]
+
+
+def all_cases(*, gpu: bool) -> list[Case]:
     """Forward in float32 everywhere; training and half precision at one batch size, the largest that takes no hours.
 
     A GPU does not see its limits in batches of 8, so it gets larger ones, too. It also gets float16, but not to train
     in: AdamW's epsilon is zero there, and after a step nothing but NaN would be multiplied.
     """
-    if quick:
-        return [Case(model, 'Ti/16', 1, 'float32', False) for model in MODELS]
     batches = (1, 8, 32) if gpu else (1, 8)
     largest = {size: 1 if size == 'B/16' and not gpu else batches[-1] for size in SIZES}
     chosen = [Case(*which, 'float32', False) for which in itertools.product(MODELS, SIZES, batches)]
     works = [('float32', True), ('bfloat16', False), ('bfloat16', True), *([('float16', False)] if gpu else [])]
     for (dtype, training), model, (size, batch) in itertools.product(works, MODELS, largest.items()):
         chosen.append(Case(model, size, batch, dtype, training))
-    return chosen + [
-        replace(case, model='ViT') for case in chosen if case.model == MODELS[0] and case.size in VIT_SIZES
-    ]
+    chosen += [replace(case, model='ViT') for case in chosen if case.model == MODELS[0] and case.size in VIT_SIZES]
+    return list(dict.fromkeys(chosen + telling_cases()))
 
 
 def measure(case: Case, rounds: int, side: int) -> dict[str, Any]:
@@ -84,7 +102,8 @@ def measure(case: Case, rounds: int, side: int) -> dict[str, Any]:
             **prepared[name],
             'rounds': seconds[name],
         }
-    return {**as_json(case), 'ceiling_flops_per_second': rate, 'ways': results}
+    about = {'date': datetime.now(UTC).date().isoformat(), 'ceiling_flops_per_second': rate}
+    return {**as_json(case), **about, 'ways': results}
 
 
 def table(results: list[dict[str, Any]]) -> Table:
@@ -136,22 +155,31 @@ def draw(results: list[dict[str, Any]], target: Path) -> None:
 
 
 @click.command()
-@click.option('--quick', is_flag=True, help='The smallest case of each model, to see that it runs.')
-@click.option('--rounds', type=click.IntRange(1), default=5, show_default=True, help='Of all ways in turn, per case.')
+@click.option('--quick', 'which', flag_value='quick', help='The smallest case of each model, to see that it runs.')
+@click.option('--all', 'which', flag_value='all', help='All cases: an hour. By default those that tell most.')
+@click.option('--rounds', type=click.IntRange(1), default=3, show_default=True, help='Of all ways in turn, per case.')
 @click.option('--only', default='', help="Only cases in whose name this is found: 'S/16', 'training', '^ViT'.")
+@click.option('--record', is_flag=True, help="Keep the figures as this processor's in docs/, in its tables, too.")
 @click.option('--json', 'data', type=click.Path(path_type=Path), help='Write every measurement here.')
 @click.option('--picture', type=click.Path(path_type=Path), help='Write a picture of it here (.png, .svg).')
-def main(quick: bool, rounds: int, only: str, data: Path | None, picture: Path | None) -> None:
+def main(which: str | None, rounds: int, only: str, record: bool, data: Path | None, picture: Path | None) -> None:
     """Measure the port beside PyTorch: forward and training step, all models, four sizes."""
     gpu, about = on_gpu(), machine()
     console = Console()
     console.print(about)  # first: whether it is the GPU that is measured
-    chosen = [case for case in cases(quick=quick, gpu=gpu) if re.search(only, str(case))]
+    sets = {
+        'quick': [Case(model, 'Ti/16', 1, 'float32', False) for model in MODELS],
+        'all': all_cases(gpu=gpu),
+        None: telling_cases(),
+    }
+    chosen = [case for case in sets[which] if re.search(only, str(case))]
     results = []
     for case in track(chosen, 'Measuring …', console=Console(stderr=True)):
         results.append(measure(case, rounds, SIDE['gpu' if gpu else 'cpu']))
         if data:  # after every case: nothing measured is lost
             data.write_text(json.dumps({'machine': about, 'cases': results}, indent=1))
+        if record:
+            tables.record(about, results)
     console.print(table(results))
     if picture:
         draw(results, picture)

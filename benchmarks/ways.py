@@ -191,6 +191,50 @@ def flax(case: Case) -> Callable[[], None]:
     return jitted(case, *flax_program(case))
 
 
+def linen(case: Case) -> Callable[[], None]:
+    """A ViT as people write it in linen, of its own layers; a DeepViT besides mixes heads and normalises over them."""
+    import jax
+    import jax.numpy as jnp
+    from flax import linen as nn
+
+    size = SIZES[case.size]
+    dim, heads, patch = size['dim'], size['heads'], (size['patch_size'],) * 2
+    of_dtype: Any = {'dtype': case.dtype, 'param_dtype': case.dtype, 'precision': precision(case)}
+    plain: Any = {name: of_dtype[name] for name in ('dtype', 'param_dtype')}
+
+    class Attention(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            qkv = nn.DenseGeneral((3, heads, 64), use_bias=False, **of_dtype)(x)
+            q, k, v = jnp.moveaxis(qkv, 2, 0)
+            attention = nn.softmax(jnp.einsum('bihd,bjhd->bhij', q, k, precision=precision(case)) / 8)
+            if case.model == 'DeepViT':
+                mix = self.param('mix', nn.initializers.normal(1.0), (heads, heads), case.dtype)
+                attention = jnp.einsum('bhij,hg->bijg', attention, mix, precision=precision(case))
+                attention = jnp.moveaxis(nn.LayerNorm(**plain)(attention), -1, 1)
+            x = jnp.einsum('bhij,bjhd->bihd', attention, v, precision=precision(case))
+            return nn.DenseGeneral(dim, axis=(-2, -1), **of_dtype)(x)
+
+    class ViT(nn.Module):
+        @nn.compact
+        def __call__(self, images: Any) -> Any:
+            x = nn.Conv(dim, patch, patch, **of_dtype)(images).reshape(case.batch, -1, dim)
+            if case.model != 'SimpleViT':
+                first = self.param('cls', nn.initializers.zeros, (1, 1, dim), case.dtype)
+                x = jnp.concatenate([jnp.tile(first, (case.batch, 1, 1)), x], axis=1)
+            x = x + self.param('positions', nn.initializers.normal(1.0), (1, x.shape[1], dim), case.dtype)
+            for _ in range(size['depth']):
+                x = x + Attention()(nn.LayerNorm(**plain)(x))
+                hidden = nn.gelu(nn.Dense(size['mlp_dim'], **of_dtype)(nn.LayerNorm(**plain)(x)))
+                x = x + nn.Dense(dim, **of_dtype)(hidden)
+            x = x.mean(axis=1) if case.model == 'SimpleViT' else x[:, 0]
+            return nn.Dense(CLASSES, **of_dtype)(nn.LayerNorm(**plain)(x))
+
+    images = jax.random.normal(jax.random.key(0), (case.batch, *[size['image_size']] * 2, 3), case.dtype)
+    model = ViT()
+    return jitted(case, *jax_program(case, model.apply, jax.jit(model.init)(jax.random.key(1), images), images))
+
+
 def jitted(case: Case, function: Callable[..., Any], arguments: list[Any]) -> Callable[[], None]:
     """What JAX runs, compiled."""
     import jax
@@ -249,6 +293,7 @@ WAYS: dict[str, Callable[[Case], Callable[[], None]]] = {
     'PyTorch eager': eager,
     'torch.compile': compiled,
     'fused attention': fused,
+    'plain linen': linen,
     'Flax': flax,
 }
 # It does not install beside today's PyTorch: docs/bridge.md has the environment.
@@ -330,11 +375,13 @@ def machine() -> dict[str, Any]:
 
     import jax
 
-    info = Path('/proc/cpuinfo')
-    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')]
+    info = dict(re.findall(r'^(model name|flags)\s*: (.*)$', Path('/proc/cpuinfo').read_text(), re.MULTILINE))
+    flags = info.get('flags', '').split()
+    vectors = {'AMX': 'amx_tile', 'AVX-512': 'avx512f', 'AVX2': 'avx2'}  # the best first
     versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'torch', 'vit-pytorch', 'numpy')}
     return {
-        'processor': (names or [platform.processor()])[0],
+        'processor': info.get('model name', platform.processor()),
+        'vectors': next((name for name, flag in vectors.items() if flag in flags), None),
         'cores': os.cpu_count(),
         'accelerator': jax.devices()[0].device_kind if jax.default_backend() != 'cpu' else None,
         'python': platform.python_version(),

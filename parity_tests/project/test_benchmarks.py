@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -30,7 +31,7 @@ def test_speed(tmp_path: pathlib.Path) -> None:
     assert ended.returncode == 0, ended.stderr
     (case,) = json.loads(figures.read_text())['cases']
     assert case['ceiling_flops_per_second'] > 0
-    assert list(case['ways']) == ['PyTorch eager', 'torch.compile', 'fused attention', 'Flax']
+    assert list(case['ways']) == ['PyTorch eager', 'torch.compile', 'fused attention', 'plain linen', 'Flax']
     for way in case['ways'].values():
         assert way['seconds'] > 0
         assert way['speed'] > 0
@@ -39,16 +40,65 @@ def test_speed(tmp_path: pathlib.Path) -> None:
 
 def test_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    from speed import cases
+    from speed import all_cases, telling_cases
 
-    on_cpu, on_gpu = (cases(quick=False, gpu=gpu) for gpu in (False, True))
-    for chosen in (on_cpu, on_gpu):
+    on_cpu, on_gpu = (all_cases(gpu=gpu) for gpu in (False, True))
+    telling = telling_cases()
+    assert set(telling) < set(on_cpu)
+    for what in ('model', 'size', 'dtype', 'training'):
+        assert {getattr(case, what) for case in telling} == {getattr(case, what) for case in on_cpu}
+    for chosen in (on_cpu, on_gpu, telling):
         assert len(set(chosen)) == len(chosen)
+    for chosen in (on_cpu, on_gpu):
         forwards = [case for case in chosen if case.dtype == 'float32' and not case.training]
         assert {(case.model, case.size) for case in forwards} == {(case.model, case.size) for case in chosen}
         assert {1, 8} <= {case.batch for case in forwards}
         assert all(case.dtype != 'float16' for case in chosen if case.training)
     assert {case.dtype for case in on_gpu} - {case.dtype for case in on_cpu} == {'float16'}
+
+
+def test_the_tables_are_those_of_the_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import tables
+
+    page = tables.PAGE.read_text()
+    assert tables.filled(page) == page, 'python benchmarks/tables.py makes them anew'
+    assert len(re.findall(r'^<!-- table ', page, re.MULTILINE)) == len(tables.TABLES)
+
+
+def test_figures_are_kept_by_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """A case that is measured again takes its old figures' place, in the file and in the tables; the others stay."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import tables
+
+    page = tmp_path / 'performance.md'
+    page.write_text(''.join(f'<!-- table {name} -->\n\n<!-- end of table -->\n' for name in tables.TABLES))
+    monkeypatch.setattr(tables, 'PAGE', page)
+    monkeypatch.setattr(tables, 'FIGURES', tmp_path / 'speed')
+    machine = {
+        'processor': 'Some(R) Processor @ 3 GHz', 'vectors': 'AVX2', 'accelerator': None, 'versions': {'jax': '1'},
+    }  # fmt: skip
+
+    def case(batch: int, ours: float) -> dict[str, Any]:
+        rounds = {'PyTorch eager': [0.2, 0.3, 0.4], 'torch.compile': [0.2] * 3, 'plain linen': [0.1] * 3}
+        ways = {name: {'seconds': each[1], 'rounds': each} for name, each in rounds.items()}
+        ways['Flax'] = {'seconds': ours, 'rounds': [ours] * 3, 'share_of_ceiling': 0.5}
+        about = {'model': 'ViT', 'size': 'S/16', 'batch': batch, 'dtype': 'float32', 'training': False}
+        return {**about, 'ways': ways}
+
+    tables.record(machine, [case(1, 0.4), case(8, 0.4)])
+    tables.record(machine | {'versions': {'jax': '2'}}, [case(8, 0.1)])
+    tables.record(machine | {'vectors': 'AMX'}, [case(8, 0.2)])
+    assert sorted(file.name for file in (tmp_path / 'speed').iterdir()) == ['some-amx.json', 'some-avx2.json']
+    kept = json.loads((tmp_path / 'speed' / 'some-avx2.json').read_text())['cases']
+    assert [(each['batch'], each['versions']) for each in kept] == [(1, {'jax': '1'}), (8, {'jax': '2'})]
+    shown = page.read_text()
+    assert '| | Some, AMX | Some, AVX2 |' in shown
+    assert '| ViT S/16, batch 1 | – | 400 ms; 0.75 (0.50 to 1.00); 0.50; 50 % |' in shown
+    cells = '200 ms; 1.50 (1.00 to 2.00); 1.00; 50 % | 100 ms; 3.00 (2.00 to 4.00); 2.00; 50 %'
+    assert f'| ViT S/16, batch 8 | {cells} |' in shown
+    assert '| ViT S/16, batch 8 | 1.50, 1.00 | 3.00, 2.00 |' in shown
+    assert '| ViT S/16, batch 8 | 100 ms; 0.50 | 100 ms; 1.00 |' in shown
 
 
 def test_a_way_that_ends_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,125 @@
+"""The tables of docs/performance.md, made of the figures in docs/figures/speed: a column for every processor.
+
+    python benchmarks/tables.py
+
+A table stands between `<!-- table NAME -->` and `<!-- end of table -->`, and is never edited by hand.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parents[1] / 'docs'
+FIGURES = DOCS / 'figures' / 'speed'
+PAGE = DOCS / 'performance.md'
+CASE = ('model', 'size', 'batch', 'dtype', 'training')
+ORDER = {'model': ('ViT', 'SimpleViT', 'DeepViT'), 'size': ('README', 'Ti/16', 'S/16', 'B/16')}
+
+
+def title(machine: Mapping[str, Any]) -> str:
+    """What a machine is called: 'AMD EPYC, AVX2', 'NVIDIA H100'."""
+    if machine['accelerator']:
+        return str(machine['accelerator'])
+    name = re.sub(r'\((R|TM)\)|Processor|CPU|@.*', '', machine['processor'])
+    return ', '.join(filter(None, (' '.join(name.split()), machine['vectors'])))
+
+
+def record(machine: Mapping[str, Any], results: Iterable[Mapping[str, Any]]) -> None:
+    """Keep what was measured in the file of this processor, in place of older figures of the same cases."""
+    target = FIGURES / f'{re.sub("[^a-z0-9]+", "-", title(machine).lower())}.json'
+    kept = json.loads(target.read_text())['cases'] if target.exists() else []
+    measured = {tuple(case[name] for name in CASE): case for case in kept}
+    measured |= {tuple(case[name] for name in CASE): {**case, 'versions': machine['versions']} for case in results}
+    machine = {name: value for name, value in machine.items() if name != 'versions'}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps({'machine': machine, 'cases': list(measured.values())}, indent=1) + '\n')
+    PAGE.write_text(filled(PAGE.read_text()))
+
+
+def filled(text: str) -> str:
+    """A page with its tables made anew."""
+    machines = [json.loads(file.read_text()) for file in sorted(FIGURES.glob('*.json'))]
+    for name, (wanted, cell) in TABLES.items():
+        before, start, rest = text.partition(f'<!-- table {name} -->\n\n')
+        _, end, after = rest.partition('<!-- end of table -->')
+        if not end:
+            raise ValueError(f'{PAGE} has no place for the table {name!r}.')
+        text = f'{before}{start}{table(machines, wanted, cell)}\n{end}{after}'
+    return text
+
+
+def table(
+    machines: list[dict[str, Any]], wanted: Callable[[dict[str, Any]], bool], cell: Callable[[dict[str, Any]], str]
+) -> str:
+    """A row for every case that some machine has run, a column for every machine that has run some."""
+    columns = {title(each['machine']): {key(case): case for case in each['cases'] if wanted(case)} for each in machines}
+    columns = {name: cases for name, cases in columns.items() if cases}
+    rows = sorted({row for cases in columns.values() for row in cases})
+    lines = [f'| | {" | ".join(columns)} |', '|---' * (len(columns) + 1) + '|']
+    for row in rows:
+        cells = [cell(cases[row]) if row in cases else '–' for cases in columns.values()]
+        lines.append(f'| {label(row)} | {" | ".join(cells)} |')
+    return '\n'.join(lines) + '\n'
+
+
+def key(case: Mapping[str, Any]) -> tuple[int, int, int]:
+    """By which the rows of a table are told apart, and in order."""
+    return ORDER['model'].index(case['model']), ORDER['size'].index(case['size']), case['batch']
+
+
+def label(row: tuple[int, int, int]) -> str:
+    """What is run in a row."""
+    model, size, batch = row
+    return f'{ORDER["model"][model]} {ORDER["size"][size]}, batch {batch}'
+
+
+def speeds(case: Mapping[str, Any], other: str) -> list[float]:
+    """How many times as fast as another way Flax was, round by round."""
+    ways = case['ways']
+    return [theirs / ours for theirs, ours in zip(ways[other]['rounds'], ways['Flax']['rounds'], strict=True)]
+
+
+def whole_cell(case: Mapping[str, Any]) -> str:
+    """Milliseconds; times eager PyTorch's speed, and the spread over the rounds; times torch.compile's; the ceiling."""
+    ours, eager = case['ways']['Flax'], speeds(case, 'PyTorch eager')
+    compiled = statistics.median(speeds(case, 'torch.compile'))
+    spread = f'{statistics.median(eager):.2f} ({min(eager):.2f} to {max(eager):.2f})'
+    return f'{1e3 * ours["seconds"]:,.0f} ms; {spread}; {compiled:.2f}; {100 * ours["share_of_ceiling"]:.0f} %'
+
+
+def short_cell(case: Mapping[str, Any]) -> str:
+    """Times the speed of eager PyTorch and of torch.compile."""
+    return ', '.join(f'{statistics.median(speeds(case, way)):.2f}' for way in ('PyTorch eager', 'torch.compile'))
+
+
+def linen_cell(case: Mapping[str, Any]) -> str:
+    """Milliseconds of the plain model, and how many times as fast the port is."""
+    milliseconds = 1e3 * case['ways']['plain linen']['seconds']
+    return f'{milliseconds:,.0f} ms; {statistics.median(speeds(case, "plain linen")):.2f}'
+
+
+def of(dtype: str, *, training: bool) -> Callable[[dict[str, Any]], bool]:
+    """Whether a case is of this kind."""
+    return lambda case: (case['dtype'], case['training']) == (dtype, training)
+
+
+TABLES: dict[str, tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], str]]] = {
+    'in short': (
+        lambda case: case['batch'] == 8 and case['dtype'] == 'float32' and not case['training'],
+        short_cell,
+    ),
+    'forward': (of('float32', training=False), whole_cell),
+    'training': (of('float32', training=True), whole_cell),
+    'forward in bfloat16': (of('bfloat16', training=False), whole_cell),
+    'training in bfloat16': (of('bfloat16', training=True), whole_cell),
+    'plain linen': (
+        lambda case: 'plain linen' in case['ways'] and case['dtype'] == 'float32' and not case['training'],
+        linen_cell,
+    ),
+}
+
+if __name__ == '__main__':
+    PAGE.write_text(filled(PAGE.read_text()))
