@@ -16,15 +16,17 @@ DOCS = Path(__file__).parents[1] / 'docs'
 FIGURES = DOCS / 'figures' / 'speed'
 PAGE = DOCS / 'performance.md'
 CASE = ('model', 'size', 'batch', 'dtype', 'training')
+ZEN = {'23': 'Zen 1 or 2', '25': 'Zen 3 or 4', '26': 'Zen 5'}  # by the family that the processor says
 ORDER = {'model': ('ViT', 'SimpleViT', 'DeepViT'), 'size': ('README', 'Ti/16', 'S/16', 'B/16')}
 
 
 def title(machine: Mapping[str, Any]) -> str:
-    """What a machine is called: 'AMD EPYC, AVX2', 'NVIDIA H100'."""
+    """What a machine is called: 'AMD EPYC (Zen 5), AVX-512', 'NVIDIA H100'."""
     if machine['accelerator']:
         return str(machine['accelerator'])
-    name = re.sub(r'\((R|TM)\)|Processor|CPU|@.*', '', machine['processor'])
-    return ', '.join(filter(None, (' '.join(name.split()), machine['vectors'])))
+    name = ' '.join(re.sub(r'\((R|TM)\)|Processor|CPU|@.*', '', machine['processor']).split())
+    zen = ZEN.get(machine['family'] if 'AMD' in name else None)
+    return ', '.join(filter(None, (f'{name} ({zen})' if zen else name, machine['vectors'])))
 
 
 def record(machine: Mapping[str, Any], results: Iterable[Mapping[str, Any]]) -> None:

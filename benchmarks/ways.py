@@ -375,12 +375,14 @@ def machine() -> dict[str, Any]:
 
     import jax
 
-    info = dict(re.findall(r'^(model name|flags)\s*: (.*)$', Path('/proc/cpuinfo').read_text(), re.MULTILINE))
+    lines = Path('/proc/cpuinfo').read_text()
+    info = dict(re.findall(r'^(model name|cpu family|flags)\s*: (.*)$', lines, re.MULTILINE))
     flags = info.get('flags', '').split()
     vectors = {'AMX': 'amx_tile', 'AVX-512': 'avx512f', 'AVX2': 'avx2'}  # the best first
     versions = {name: importlib.metadata.version(name) for name in ('jax', 'flax', 'torch', 'vit-pytorch', 'numpy')}
     return {
         'processor': info.get('model name', platform.processor()),
+        'family': info.get('cpu family'),  # of AMD's, which virtual machines often give no other name
         'vectors': next((name for name, flag in vectors.items() if flag in flags), None),
         'cores': os.cpu_count(),
         'accelerator': jax.devices()[0].device_kind if jax.default_backend() != 'cpu' else None,

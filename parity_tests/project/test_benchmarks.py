@@ -76,8 +76,10 @@ def test_figures_are_kept_by_processor(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(tables, 'PAGE', page)
     monkeypatch.setattr(tables, 'FIGURES', tmp_path / 'speed')
     machine = {
-        'processor': 'Some(R) Processor @ 3 GHz', 'vectors': 'AVX2', 'accelerator': None, 'versions': {'jax': '1'},
+        'processor': 'Some(R) Processor @ 3 GHz', 'family': '25', 'vectors': 'AVX2', 'accelerator': None,
+        'versions': {'jax': '1'},
     }  # fmt: skip
+    assert tables.title(machine | {'processor': 'AMD EPYC'}) == 'AMD EPYC (Zen 3 or 4), AVX2'
 
     def case(batch: int, ours: float) -> dict[str, Any]:
         rounds = {'PyTorch eager': [0.2, 0.3, 0.4], 'torch.compile': [0.2] * 3, 'plain linen': [0.1] * 3}
