@@ -25,7 +25,7 @@ def title(machine: Mapping[str, Any]) -> str:
     if machine['accelerator']:
         return str(machine['accelerator'])
     name = ' '.join(re.sub(r'\((R|TM)\)|Processor|CPU|@.*', '', machine['processor']).split())
-    zen = ZEN.get(machine['family'] if 'AMD' in name else None)
+    zen = ZEN.get(machine['family']) if 'AMD' in name else None
     return ', '.join(filter(None, (f'{name} ({zen})' if zen else name, machine['vectors'])))
 
 
