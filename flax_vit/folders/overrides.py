@@ -58,9 +58,12 @@ def changes(model_class: Any, saved: Shapes, wanted: Shapes, overrides: Mapping[
         lines = [
             f'  {path}: saved {saved.get(path, "nothing")}, needed {wanted.get(path, "nothing")}' for path in problems
         ]
+        both = {'heads', 'dim_head'}  # which share an axis, in all models whose weights don't tell them
+        alone = both <= set(model_class.SAME_WEIGHTS) and len(both & overrides.keys()) == 1
+        together = '; heads and dim_head change together, as their product is in the shapes' if alone else ''
         raise ValueError(
             f'The saved parameters do not fit a model with {fields}; only num_classes and image_size may change their '
-            'shapes:\n' + '\n'.join(lines)
+            f'shapes{together}:\n' + '\n'.join(lines)
         )
     for name in sorted(CUT & overrides.keys()):
         old, new = overrides[name]

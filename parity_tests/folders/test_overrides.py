@@ -117,6 +117,16 @@ def test_what_else_would_change_shapes_is_refused(folder: pathlib.Path) -> None:
         from_pretrained(folder, param_dtype='float64')
 
 
+def test_heads_change_together_with_dim_head(folder: pathlib.Path) -> None:
+    """Where the weights hold only their product; DeepViT's tell the heads."""
+    told = '; heads and dim_head change together' if folder.name == 'simple' else ':'
+    with pytest.raises(ValueError, match=f'only num_classes and image_size may change their shapes{told}'):
+        from_pretrained(folder, heads=4)
+    if folder.name == 'simple':
+        with pytest.warns(PretrainedWarning, match='heads=4 instead of 2 makes another function'):
+            assert from_pretrained(folder, heads=4, dim_head=32)[0].heads == 4
+
+
 @pytest.mark.usefixtures('unchecked')
 def test_what_is_no_key(folder: pathlib.Path) -> None:
     for key in (3, 'a'):
