@@ -123,7 +123,7 @@ def test_heads_change_together_with_dim_head(folder: pathlib.Path) -> None:
     with pytest.raises(ValueError, match=f'only num_classes and image_size may change their shapes{told}'):
         from_pretrained(folder, heads=4)
     if folder.name == 'simple':
-        with pytest.warns(PretrainedWarning, match='heads=4 instead of 2 makes another function'):
+        with pytest.warns(PretrainedWarning, match='makes another function of the same weights'):
             assert from_pretrained(folder, heads=4, dim_head=32)[0].heads == 4
 
 
