@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, made of the figures in docs/figures/speed: a column for every processor.
+"""The tables of docs/performance.md, made of the figures in docs/figures; of speed, a column for every processor.
 
     python benchmarks/tables.py
 
@@ -43,28 +43,31 @@ def record(machine: Mapping[str, Any], results: Iterable[Mapping[str, Any]]) -> 
 
 def filled(text: str) -> str:
     """A page with its tables made anew."""
-    machines = [json.loads(file.read_text()) for file in sorted(FIGURES.glob('*.json'))]
-    for name, (wanted, cell) in TABLES.items():
+    for name, make in TABLES.items():
         before, start, rest = text.partition(f'<!-- table {name} -->\n\n')
         _, end, after = rest.partition('<!-- end of table -->')
         if not end:
             raise ValueError(f'{PAGE} has no place for the table {name!r}.')
-        text = f'{before}{start}{table(machines, wanted, cell)}\n{end}{after}'
+        text = f'{before}{start}{make()}\n{end}{after}'
     return text
 
 
-def table(
-    machines: list[dict[str, Any]], wanted: Callable[[dict[str, Any]], bool], cell: Callable[[dict[str, Any]], str]
-) -> str:
+def markdown(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table."""
+    heading = list(heading)
+    lines = [f'| {" | ".join(line)} |'.replace('|  |', '| |') for line in (heading, *rows)]
+    lines.insert(1, '|---' * len(heading) + '|')
+    return '\n'.join(lines) + '\n'
+
+
+def by_processor(wanted: Callable[[dict[str, Any]], bool], cell: Callable[[dict[str, Any]], str]) -> str:
     """A row for every case that some machine has run, a column for every machine that has run some."""
+    machines = [json.loads(file.read_text()) for file in sorted(FIGURES.glob('*.json'))]
     columns = {title(each['machine']): {key(case): case for case in each['cases'] if wanted(case)} for each in machines}
     columns = {name: cases for name, cases in columns.items() if cases}
     rows = sorted({row for cases in columns.values() for row in cases})
-    lines = [f'| | {" | ".join(columns)} |', '|---' * (len(columns) + 1) + '|']
-    for row in rows:
-        cells = [cell(cases[row]) if row in cases else '–' for cases in columns.values()]
-        lines.append(f'| {label(row)} | {" | ".join(cells)} |')
-    return '\n'.join(lines) + '\n'
+    cells = ([cell(cases[row]) if row in cases else '–' for cases in columns.values()] for row in rows)
+    return markdown(['', *columns], ([label(row), *line] for row, line in zip(rows, cells, strict=True)))
 
 
 def key(case: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -108,18 +111,91 @@ def of(dtype: str, *, training: bool) -> Callable[[dict[str, Any]], bool]:
     return lambda case: (case['dtype'], case['training']) == (dtype, training)
 
 
-TABLES: dict[str, tuple[Callable[[dict[str, Any]], bool], Callable[[dict[str, Any]], str]]] = {
-    'in short': (
-        lambda case: case['batch'] == 8 and case['dtype'] == 'float32' and not case['training'],
-        short_cell,
+def scaling(name: str) -> dict[str, Any]:
+    """What `scaling.py` measured on the CPU ('scaling') or for an accelerator ('h100', 'v5e')."""
+    figures: dict[str, Any] = json.loads((DOCS / 'figures' / f'{name}.json').read_text())
+    return figures
+
+
+def mebibytes(row: Mapping[str, Any], work: str) -> str:
+    """The temporary memory that is planned for 'forward' or 'gradient'."""
+    planned = row[f'{work}_bytes']
+    return 'does not fit' if planned is None else f'{planned / 2**20:,.0f}'
+
+
+def seconds(value: float) -> str:
+    """With two digits that count."""
+    return f'{value:.0f}' if value >= 10 else f'{value:.1f}' if value >= 1 else f'{value:.2f}'
+
+
+def memory() -> str:
+    """On the CPU: temporary memory and time of whole maps and of chunks."""
+
+    def cell(row: Mapping[str, Any], work: str) -> str:
+        time = row[f'{work}_seconds']
+        return f'{mebibytes(row, work)} MiB' + (f', {seconds(time)} s' if time else '')
+
+    rows = [
+        [model, f'{tokens:,}', *(cell(each, work) for work in ('forward', 'gradient') for each in pair)]
+        for (model, tokens), pair in whole_and_chunked(scaling('scaling'))
+    ]
+    heading = ('model', 'tokens', 'forward, whole map', 'chunked', 'gradient, whole map', 'chunked')
+    return markdown(heading, rows)
+
+
+def memory_of_accelerators() -> str:
+    """Of the compilers' plans, in MiB."""
+    rows = [
+        [model, f'{tokens:,}', work, *(mebibytes(each, work) for each in (*pair, *other))]
+        for ((model, tokens), pair), (_, other) in zip(
+            whole_and_chunked(scaling('h100')), whole_and_chunked(scaling('v5e')), strict=True
+        )
+        for work in ('forward', 'gradient')
+    ]
+    heading = ('model', 'tokens', 'pass', 'H100, whole map', 'chunked', 'TPU v5e, whole map', 'chunked')
+    return markdown(heading, rows)
+
+
+def whole_and_chunked(
+    figures: Mapping[str, Any],
+) -> list[tuple[tuple[str, int], tuple[Mapping[str, Any], Mapping[str, Any]]]]:
+    """By model and number of tokens, from a thousand on: the rows of the whole map and of chunks of queries."""
+    rows = {(row['model'], row['tokens'], row['chunk'] is not None): row for row in figures['tokens']}
+    keys = sorted({key[:2] for key in rows if key[1] > 1000})
+    return [(key, (rows[*key, False], rows[*key, True])) for key in keys]
+
+
+def compilation(names: Iterable[str], works: Iterable[str], heading: Iterable[str]) -> str:
+    """Seconds to compile by model and options: for each file and work, at depth 8 and 64."""
+    cells: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        for work in works:
+            for row in scaling(name)['depth']:
+                options = ', '.join(f'`{option}`' for option in ('scan_layers', 'remat') if row.get(option)) or 'none'
+                cells.setdefault((row['model'], options), []).append(seconds(row[f'{work}_seconds']))
+    return markdown(('model', 'options', *heading), ([*key, *line] for key, line in cells.items()))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    'in short': lambda: by_processor(
+        lambda case: case['batch'] == 8 and case['dtype'] == 'float32' and not case['training'], short_cell
     ),
-    'forward': (of('float32', training=False), whole_cell),
-    'training': (of('float32', training=True), whole_cell),
-    'forward in bfloat16': (of('bfloat16', training=False), whole_cell),
-    'training in bfloat16': (of('bfloat16', training=True), whole_cell),
-    'plain linen': (
-        lambda case: 'plain linen' in case['ways'] and case['dtype'] == 'float32' and not case['training'],
-        linen_cell,
+    'forward': lambda: by_processor(of('float32', training=False), whole_cell),
+    'training': lambda: by_processor(of('float32', training=True), whole_cell),
+    'forward in bfloat16': lambda: by_processor(of('bfloat16', training=False), whole_cell),
+    'training in bfloat16': lambda: by_processor(of('bfloat16', training=True), whole_cell),
+    'plain linen': lambda: by_processor(
+        lambda case: 'plain linen' in case['ways'] and case['dtype'] == 'float32' and not case['training'], linen_cell
+    ),
+    'memory': memory,
+    'memory of accelerators': memory_of_accelerators,
+    'compilation': lambda: compilation(
+        ['scaling'],
+        ['forward', 'step'],
+        ('forward, depth 8', 'depth 64', 'training step, depth 8', 'depth 64'),
+    ),
+    'compilation for accelerators': lambda: compilation(
+        ['h100', 'v5e'], ['step'], ('H100, depth 8', 'depth 64', 'TPU v5e, depth 8', 'depth 64')
     ),
 }
 
