@@ -99,7 +99,7 @@ assert model.apply(variables, jnp.zeros((2, 8, 8, 1))).shape == (2, 10)
         subprocess.run([scripts / 'python', '-c', script], check=True, cwd=tmp_path)
     # What big_vision trained is compared with numpy.
     of_big_vision = ROOT / 'parity_tests' / 'golden' / 'official' / 'bigvision-gap-old_names.npz'
-    sizes = ['--image-size', '12', '20']
+    sizes = ['--image-size', '12x20']
     proven = subprocess.run([scripts / 'flax-vit', 'verify', of_big_vision, *sizes], check=False, cwd=tmp_path)
     assert proven.returncode == 0
     verify = subprocess.run(
