@@ -178,7 +178,7 @@ def compilation(names: Iterable[str], works: Iterable[str], heading: Iterable[st
 
 TABLES: dict[str, Callable[[], str]] = {
     'in short': lambda: by_processor(
-        lambda case: case['batch'] == 8 and case['dtype'] == 'float32' and not case['training'], short_cell
+        lambda case: of('float32', training=False)(case) and (case['size'], case['batch']) == ('S/16', 8), short_cell
     ),
     'forward': lambda: by_processor(of('float32', training=False), whole_cell),
     'training': lambda: by_processor(of('float32', training=True), whole_cell),
