@@ -1,4 +1,4 @@
-"""The parts of a model once more, in plain numpy and float64, with what people get wrong as arguments."""
+"""The parts of a model once more, in plain numpy, with what people get wrong as arguments."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

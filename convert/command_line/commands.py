@@ -84,7 +84,7 @@ def convert_checkpoint(source: str, folder: Path, *, proven: bool, **options: An
     told = {name: value for name, value in fields.items() if name != 'param_dtype'}  # of the source, not of the folder
     proof = None
     if proven:
-        with working('Running PyTorch and Flax, in float64 and float32'):
+        with working(f'Running {architecture_of(inspection.model).truth} and Flax, in float64 and float32'):
             proof = parity.verify(source, converted=(inspection.model, variables), count=4, **told)
         show_report(proof)
         if not proof.right:
@@ -142,9 +142,11 @@ def verify_checkpoint(
 ) -> bool:
     """Run PyTorch on the checkpoint `source`, beside the model in `folder`, or what `source` converts to."""
     fields = given(options)
-    converted = loaded_from(folder) if folder is not None else None
-    if converted and folder:
-        fields = told_when_converted(folder, converted[0]) | fields
+    converted = None
+    if folder is not None:
+        converted = loaded_from(folder)
+        if not fields.keys() - {'key', 'part', 'release'}:  # else one could contradict the other, as heads do dim_head
+            fields |= told_when_converted(folder, converted[0])
     model = converted[0] if converted else inspected(source, fields).model
     loaded = None
     if images:

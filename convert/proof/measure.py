@@ -113,6 +113,7 @@ class Row:
         )
 
 
+@np.errstate(all='ignore')  # infinity less infinity is NaN, which no limit allows
 def compare(name: str, label: str, limit: float, dtype: str, sides: Sides, *, scale: float = 0.0) -> Row:
     """The row of an output in `dtype`. Errors are relative to the output's size, or to `scale` where that is more."""
     difference = np.abs(sides.exact - sides.truth)

@@ -34,5 +34,6 @@ class NumpySide(TorchSide):
                 outputs[part] = way.compute(part, inputs)
             return outputs
 
-        batch = [of_one(image) for image in images]
+        with np.errstate(all='ignore'):  # infinity and NaN are results to be compared, as in PyTorch
+            batch = [of_one(image) for image in images]
         return {name: np.stack([np.asarray(outputs[name], np.float64) for outputs in batch]) for name in names}

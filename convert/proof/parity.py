@@ -135,7 +135,8 @@ def verify(
 ) -> Report:
     """Run vit-pytorch's module and the Flax model on the same images, in float64 and in `dtype`; compare every block.
 
-    The Flax model runs at the highest precision of matrix products.
+    The Flax model runs at the highest precision of matrix products. What big_vision trained is held against its forward
+    pass in numpy, which needs no torch but for gradients.
 
     Args:
         source: A path, a state dict or a live torch.nn.Module, as of `inspect`.

@@ -108,6 +108,8 @@ def test_convert_verify_export_and_back(flax_vit: Run, ending: str) -> None:
     assert (status, 'Converted to out' in printed, 'verify' in printed) == (0, True, True)
     status, printed, _ = flax_vit('verify', source, 'out', '--count', '2')  # what `convert` was told, it knows
     assert (status, 'RIGHT: the Flax model computes what PyTorch does.' in printed) == (0, True)
+    status, printed, _ = flax_vit('verify', source, 'out', '--count', '2', '--dim-head', '16')
+    assert (status, 'RIGHT: the Flax model computes what PyTorch does, if image_size=8' in printed) == (0, True)
     for target in ('back.safetensors', 'back.pt'):
         assert flax_vit('export', 'out', target)[0] == 0
     original = load_file('simple_vit.safetensors')

@@ -178,6 +178,7 @@ def test_doctor(flax_vit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (status, said) == (0, '')
     assert re.search(r'^torch .*, but it cannot be imported: ModuleNotFoundError: ', printed, re.MULTILINE)
     assert re.search(rf'^jax +{re.escape(version("jax"))} *$', printed, re.MULTILINE)
+    assert 'optional: test' not in printed  # what only this project's own developers need
     assert re.search(r"^optional: remote +lacks aiohttp: pip install 'flax-vit\[remote\]' *$", printed, re.MULTILINE)
     facts = json.loads(flax_vit('doctor', '--json')[1])
     assert {'torch'} <= set(facts['broken']) <= {'torch', 'vit-pytorch'}

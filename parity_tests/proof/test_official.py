@@ -288,6 +288,16 @@ def test_the_statistics_of_a_batch_are_told(name: str, part: str) -> None:
     assert report.causes == [f'{part}: matches with the statistics of the batch in BatchNorm (train=True?)']
 
 
+def test_numpy_says_nothing_of_what_is_not_finite() -> None:
+    right: Any = MODELS['simple, with pre_logits']
+    tensors = checkpoint(right, random_module(right))
+    tensors['embedding/bias'] = np.full_like(tensors['embedding/bias'], np.inf)
+    report = convert.verify(tensors, **told(right), dtype='float16', count=1)
+    assert report.causes == [
+        "patch embedding: the source's own output is not finite; the weights or the images hold NaN or infinity"
+    ]
+
+
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
 def test_numpy_rounds_as_the_port_does(dtype: str) -> None:
     """Where numpy is the truth, its own rounding is the measure: neither so coarse nor so fine that it is none."""
