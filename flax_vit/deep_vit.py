@@ -34,7 +34,7 @@ from flax_vit.layers import (
     softmax,
     with_class_token,
 )
-from flax_vit.sharding import laid_out_by_the_compiler
+from flax_vit.mesh import COLUMNS, SHARED, Rules, laid_out_by_the_compiler
 
 
 class Attention(Layer):
@@ -154,6 +154,7 @@ class DeepViT(Layer):
     # The modules of an attention that put out its maps; a dropout at rest puts out what it gets, the softmax.
     MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attention_dropout', 'reattention': 'reattn_norm_1'}
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ('dim_head', 'pool')  # fields that make other functions of them
+    SPLIT: ClassVar[Rules] = ((r'mlp_head_1/kernel$', COLUMNS), *SHARED)  # of its parameters over a mesh
 
     image_size: int  # pixels of a side; smaller images, also oblong ones, use the first positions
     patch_size: int  # pixels, likewise; it divides image_size

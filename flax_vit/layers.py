@@ -18,7 +18,7 @@ from jax import Array, random
 from jaxtyping import Float, Shaped
 
 from flax_vit.checks import IMAGE_FORMATS, check_options, check_sizes, floating_dtype, pair
-from flax_vit.sharding import laid_out_by_the_compiler
+from flax_vit.mesh import laid_out_by_the_compiler
 
 EPSILON = 1e-5  # of torch.nn.LayerNorm
 

@@ -41,7 +41,7 @@ from flax_vit.layers import (
     uniform,
     with_class_token,
 )
-from flax_vit.sharding import laid_out_by_the_compiler
+from flax_vit.mesh import COLUMNS, SHARED, Rules, laid_out_by_the_compiler
 
 STEM = 64  # channels
 BATCH_NORM_EPSILON, MOMENTUM = 1e-5, 0.1  # of torch.nn.BatchNorm2d
@@ -267,6 +267,7 @@ class OfficialDeepViT(layers.Layer):
     MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attention_drop', 'reattention': 'var_norm'}
     # Fields that make other functions of them.
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ('transform_scale', 'scale_adjustment', 'qk_scale', 'layer_norm_epsilon')
+    SPLIT: ClassVar[Rules] = ((r'(^|/)head/kernel$', COLUMNS), *SHARED)  # of its parameters over a mesh
     VARIANTS: ClassVar[Mapping[str, Mapping[str, Any]]] = VARIANTS  # by the names that `named` knows
     patch_norm: ClassVar[bool] = False
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
+from jax.sharding import PartitionSpec
 from jaxtyping import Float, Float32, Shaped
 
 from flax_vit import layers
@@ -29,7 +30,7 @@ from flax_vit.layers import (
     to_patches,
     weigh,
 )
-from flax_vit.sharding import laid_out_by_the_compiler
+from flax_vit.mesh import COLUMNS, SHARED, Rules, laid_out_by_the_compiler
 from flax_vit.simple_vit import posemb_sincos_2d
 from flax_vit.sizes import FIELDS
 
@@ -152,6 +153,13 @@ class OfficialSimpleViT(Layer):
     POSITIONS: ClassVar[str | None] = None  # the parameter; here they are computed
     MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ()  # fields that make other functions of them
+    SPLIT: ClassVar[Rules] = (  # of its parameters over a mesh; heads have an axis, so that nothing is gathered
+        (r'/(query|key|value)/kernel$', PartitionSpec(None, 'model', None)),
+        (r'/(query|key|value)/bias$', PartitionSpec('model', None)),
+        (r'/out/kernel$', PartitionSpec('model', None, None)),
+        (r'(^|/)head/kernel$', COLUMNS),
+        *SHARED,
+    )
     # By the names that `named` knows: that of the published weights.
     VARIANTS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         'official_simple_vit_s16': {**FIELDS['s16'], 'rep_size': 384}

@@ -32,7 +32,7 @@ from flax_vit.layers import (
     sequential,
     weigh,
 )
-from flax_vit.sharding import laid_out_by_the_compiler
+from flax_vit.mesh import COLUMNS, SHARED, Rules, laid_out_by_the_compiler
 
 
 def posemb_sincos_2d(
@@ -158,6 +158,7 @@ class SimpleViT(Layer):
     POSITIONS: ClassVar[str | None] = None  # the parameter; here they are computed
     MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head')  # fields that make other functions of them
+    SPLIT: ClassVar[Rules] = ((r'linear_head(_1)?/kernel$', COLUMNS), *SHARED)  # of its parameters over a mesh
 
     image_size: int | tuple[int, int]  # pixels; (height, width) when not square
     patch_size: int | tuple[int, int]  # pixels, likewise; it divides image_size

@@ -40,7 +40,7 @@ from flax_vit.layers import (
     weigh,
     with_class_token,
 )
-from flax_vit.sharding import laid_out_by_the_compiler
+from flax_vit.mesh import COLUMNS, ROWS, SHARED, Rules, laid_out_by_the_compiler
 
 
 class Attention(Layer):
@@ -131,6 +131,11 @@ class ViT(Layer):
     MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps
     # Fields that make other functions of them.
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head', 'pool', 'scale_by_dim')
+    SPLIT: ClassVar[Rules] = (
+        (r'mlp_head(_1)?/kernel$', COLUMNS),
+        (r'mlp_head_4/kernel$', ROWS),
+        *SHARED,
+    )  # of its parameters over a mesh
 
     image_size: int | tuple[int, int]  # pixels, (height, width) when not square; smaller images use the first positions
     patch_size: int | tuple[int, int]  # pixels, likewise; it divides image_size

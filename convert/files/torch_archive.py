@@ -12,7 +12,7 @@ from convert.files.arrays import read_json
 from convert.files.dtypes import DTYPES
 from convert.files.pickle_reader import Call, Data, Foreign, read_pickle
 from convert.files.pickled_values import STORAGES, Storage, Storages, no_file, values, view
-from convert.files.zip_directory import Record, quote
+from convert.files.zip_directory import Record, quote, zip_records
 
 
 def read_torch_zip(data: Data, records: Mapping[str, Record]) -> Any:
@@ -128,21 +128,28 @@ def read_plain_pickle(data: Data, start: int = 0) -> Any:
 _EXPORTED = dict(enumerate(['uint8', 'int8', 'int16', 'int32', 'int64', 'float16', 'float32', 'float64'], 1))
 _EXPORTED |= {12: 'bool', 13: 'bfloat16'}
 _EXPORTED_CONFIGS = ('data/weights/model_weights_config.json', 'data/constants/model_constants_config.json')
+_EXPORTED_BEFORE_2_8 = ('serialized_constants.pt', 'serialized_state_dict.pt')
 
 
 def is_exported(records: Mapping[str, Record]) -> bool:
     """Whether torch.export.save wrote the archive."""
-    return any(name.endswith(_EXPORTED_CONFIGS[0]) for name in records)
+    return any(name.endswith((_EXPORTED_CONFIGS[0], _EXPORTED_BEFORE_2_8[1])) for name in records)
 
 
 def read_exported(data: Data, records: Mapping[str, Record]) -> Any:
     """The weights and buffers by name that torch.export.save put beside a program, which is not read.
 
-    They are as many storages, and JSON that says what tensors are in them.
+    They are as many storages, and JSON that says what tensors are in them; before torch 2.8, archives of torch.save.
     """
     if any(record.deflated for record in records.values()):
         raise ConversionError('a torch.export archive that was packed again: unzip it')
-    tree = {}
+    tree: dict[str, Any] = {}
+    for start, _, size, *_ in (records[name] for name in _EXPORTED_BEFORE_2_8 if name in records):
+        inside = zip_records(data[start : start + size])
+        part = read_torch_zip(data, {name: each._replace(start=start + each.start) for name, each in inside.items()})
+        if not isinstance(part, dict):
+            raise ConversionError(f'a torch.export archive whose weights are {quote(part)}. {_EXPORTED_ADVICE}')
+        tree |= part
     for config in (name for name in records if name.endswith(_EXPORTED_CONFIGS)):
         text = records[config]
         entries = read_json(data[text.start : text.start + text.size]).get('config')

@@ -20,8 +20,9 @@ from flax_vit.folders.config import GOLDEN, check_hashes, model_of, read_config
 from flax_vit.folders.hub import local_folder
 from flax_vit.folders.overrides import changes, initial, resize_positions
 from flax_vit.layers import grid_of
+from flax_vit.mesh import Rules
 from flax_vit.parameters import check_dtypes, check_shapes, saved_shapes
-from flax_vit.sharding import RULES, Rules, check_mesh, shardings
+from flax_vit.sharding import check_mesh, default_rules, shardings
 from flax_vit.stacking import is_stacked, one_by_one, stacked
 
 DTYPES = {'F64': 'float64', 'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16'}  # in safetensors' words
@@ -35,7 +36,7 @@ def from_pretrained(
     folder: str | os.PathLike[str],
     *,
     mesh: Mesh | None = None,
-    sharding_rules: Rules = RULES,
+    sharding_rules: Rules | None = None,
     check: bool | None = None,
     key: jax.Array | None = None,
     revision: str | None = None,
@@ -50,7 +51,7 @@ def from_pretrained(
         folder: A path, or the name of such a model on the Hugging Face Hub, 'owner/name'.
         mesh: Split each parameter over its devices. What goes to a device is read from the file for it alone: no
             device, and no host of several, ever has the whole model.
-        sharding_rules: How parameters are split, see `flax_vit.sharding`.
+        sharding_rules: How parameters are split, as `shardings` takes it.
         check: False leaves out the comparison of the files with the saved sha256, for which they are read whole. It is
             also left out, unless asked for, when the mesh spans several hosts.
         key: JAX's random key for the parameters of a new head.
@@ -71,8 +72,8 @@ def from_pretrained(
         ImportError: When it is on the hub, and the hub's library is missing.
     """
     if mesh is not None:
-        check_mesh(mesh, sharding_rules)
-    elif sharding_rules is not RULES:
+        check_mesh(mesh, default_rules() if sharding_rules is None else sharding_rules)
+    elif sharding_rules is not None:
         raise ValueError('sharding_rules say how parameters are split over the devices of a mesh: give mesh, too.')
     if key is not None:
         _check_key(key)

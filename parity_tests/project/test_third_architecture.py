@@ -16,6 +16,7 @@ from convert.architectures import ARCHITECTURES
 from convert.command_line.cli import main
 from flax_vit import PretrainedWarning, features, from_pretrained, save_pretrained, shardings, to_nnx
 from flax_vit.architectures import MODELS
+from flax_vit.mesh import COLUMNS
 from parity_tests.support.pages import ROOT
 from parity_tests.support.reference import perturbed
 from parity_tests.support.third_vit import ThirdViT, ThirdViTArchitecture, TorchThirdViT
@@ -80,8 +81,8 @@ def test_it_is_at_home_in_flax_vit(checkpoint: pathlib.Path, tmp_path: pathlib.P
     again, spread = from_pretrained(tmp_path / 'folder', mesh=mesh)
     assert again == model
     np.testing.assert_allclose(jax.jit(again.apply)(spread, images), logits, rtol=0, atol=1e-5)
-    specs = [sharding.spec for sharding in jax.tree.leaves(shardings(variables, mesh))]
-    assert any('model' in spec for spec in specs)
+    split = shardings(variables, mesh)['params']
+    assert split['classifier']['kernel'].spec == split['transformer']['layers_0_0']['to_qkv']['kernel'].spec == COLUMNS
     np.testing.assert_allclose(to_nnx(model, variables)(images), logits, rtol=0, atol=1e-5)
     larger: Any
     with pytest.warns(PretrainedWarning) as warned:

@@ -28,7 +28,7 @@ from orbax.checkpoint import v1 as orbax
 from safetensors import safe_open
 
 from flax_vit import features, from_pretrained, save_pretrained, shardings
-from flax_vit.sharding import RULES
+from flax_vit.sharding import default_rules
 
 OTHER_FIELDS: Any = {'num_classes': 8, 'image_size': 24, 'param_dtype': 'bfloat16'}
 
@@ -119,7 +119,7 @@ def explicit(folder: str) -> dict[str, Any]:
         model, alone = from_pretrained(folder, **options)
         for shape, names in on_meshes:
             mesh = jax.make_mesh(shape, names)
-            rules = RULES if 'model' in names else ()
+            rules = default_rules() if 'model' in names else ()
             on_data = jax.device_put(images, NamedSharding(mesh, P('data')))
             _, spread = from_pretrained(folder, mesh=mesh, sharding_rules=rules, **options)
             apply = jax.jit(model.apply)

@@ -15,7 +15,7 @@ from vit_pytorch import simple_vit
 from convert.architectures.architecture import Architecture, AttentionMap, Axis, Layout
 from flax_vit.checks import pair
 from flax_vit.layers import Identity, Layer, add, sequential, to_patches
-from flax_vit.sharding import laid_out_by_the_compiler
+from flax_vit.mesh import COLUMNS, SHARED, Rules, laid_out_by_the_compiler
 from flax_vit.simple_vit import Transformer
 
 
@@ -45,6 +45,7 @@ class ThirdViT(Layer):
     POSITIONS: ClassVar[str | None] = 'pos_embedding'
     MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head')
+    SPLIT: ClassVar[Rules] = ((r'classifier/kernel$', COLUMNS), *SHARED)
 
     image_size: int | tuple[int, int]
     patch_size: int | tuple[int, int]
