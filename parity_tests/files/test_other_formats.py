@@ -22,6 +22,7 @@ from vit_pytorch.simple_vit import SimpleViT
 import convert
 from convert.files.checkpoint import Foreign, read
 from parity_tests.files.test_checkpoint import DTYPES, assert_mapped, bits_of, dtype_of, follow, random_tensor, refusal
+from parity_tests.support.pages import ROOT
 
 protocols = pytest.mark.parametrize('protocol', [2, 3, 4, 5])
 WAYS: dict[str, Callable[[Any, Path, int], Any]] = {
@@ -220,6 +221,35 @@ def test_weights_beside_an_exported_program(tmp_path: Path, dtype: torch.dtype) 
         assert (found.shape, found.tobytes()) == bits_of(tensor)
         assert_mapped(found)
     assert convert.inspect(tmp_path / 'x.pt2').fields['image_size'].value == 8  # by the table, which is kept, too
+
+
+BEFORE_2_8 = ROOT / 'parity_tests/golden/exported-by-torch-2.5.pt2'
+
+
+def test_weights_beside_a_program_that_torch_exported_before_2_8() -> None:
+    """A Linear, a parameter in bfloat16 and a buffer that is in no state dict, as torch 2.5 wrote them."""
+    tree = read(BEFORE_2_8).tree
+    assert {name: (array.dtype.name, array.tolist()) for name, array in tree.items()} == {
+        'table': ('float32', [7, 8]),
+        'narrow': ('bfloat16', [0, 1, 2, 3]),
+        'linear.weight': ('float32', [[0, 1], [2, 3], [4, 5]]),
+        'linear.bias': ('float32', [-1, 0, 1]),
+    }
+    for array in tree.values():
+        assert_mapped(array)
+
+
+def test_other_things_beside_a_program_of_then(tmp_path: Path) -> None:
+    torch.save([torch.ones(1)], tmp_path / 'list')
+    torch.save(torch.ones(1), tmp_path / 'tensor')
+    for weights in (b'', b'no archive', *((tmp_path / name).read_bytes() for name in ('list', 'tensor'))):
+        with zipfile.ZipFile(tmp_path / 'x.pt2', 'w') as file:
+            file.writestr('serialized_state_dict.pt', weights)
+        refusal(tmp_path / 'x.pt2')
+    with zipfile.ZipFile(BEFORE_2_8) as file, zipfile.ZipFile(tmp_path / 'x.pt2', 'w', zipfile.ZIP_DEFLATED) as packed:
+        for name in file.namelist():
+            packed.writestr(name, file.read(name))
+    assert 'unzip it' in refusal(tmp_path / 'x.pt2')
 
 
 def test_exported_programs_with_other_weights(tmp_path: Path) -> None:
