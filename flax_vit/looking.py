@@ -3,11 +3,12 @@
 The models have no code for it: linen lets a caller stand between its modules and keep what passes by.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
@@ -80,9 +81,10 @@ def features(
         raise ValueError(f'{type(model).__name__} does not say what puts out its attention maps, in MAPS.')
     if attention:
         model = with_whole_maps(model)
-        for kind, name in model.MAPS.items():
+        for kind, names in model.MAPS.items():
             places[kind] = {
-                block: ('transformer', f'layers_{number}_0', name, 'output') for block, number in numbers.items()
+                block: [('transformer', f'layers_{number}_0', *name.split('/'), 'output') for name in modules(names)]
+                for block, number in numbers.items()
             }
 
     def is_place(node: Any) -> bool:
@@ -104,8 +106,19 @@ def features(
         logits, state = model.apply(variables, images, mutable=['intermediates'])
     kept = flatten_dict(unstack_layers(state['intermediates']))
     for kind in model.MAPS if attention else ():  # of an OfficialDeepViT, some blocks have no re-attention
-        places[kind] = {block: place for block, place in places[kind].items() if place in kept}
-    return Features(logits, **jax.tree.map(kept.__getitem__, places, is_leaf=is_place))
+        there = {block: maps for block, maps in places[kind].items() if kept.keys() >= {*maps}}
+        if kind == 'attention' and len(there) < len(numbers):
+            raise ValueError(f'{type(model).__name__}: nothing is at {model.MAPS[kind]!r}, which MAPS names.')
+        places[kind] = there
+    found = jax.tree.map(kept.__getitem__, places, is_leaf=is_place)
+    for kind in model.MAPS if attention else ():
+        found[kind] = {block: jnp.concatenate(maps, 1) if maps[1:] else maps[0] for block, maps in found[kind].items()}
+    return Features(logits, **found)
+
+
+def modules(names: str | Sequence[str]) -> Sequence[str]:
+    """The modules that a model's MAPS names for one kind of map: one, or several, whose heads follow one another."""
+    return [names] if isinstance(names, str) else names
 
 
 def with_whole_maps(model: Any) -> Any:

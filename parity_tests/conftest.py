@@ -1,6 +1,7 @@
 """What every test may ask for."""
 
 import os
+import tempfile
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -11,8 +12,17 @@ import pytest
 # What draws with threefry takes two to three times as long to compile; no test hangs on what is drawn.
 jax.config.update('jax_default_prng_impl', 'rbg')
 os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # of the commands that tests start
+# What a test has compiled, the others of its process need not: a quarter of the processors' time.
+COMPILED = tempfile.TemporaryDirectory()
+jax.config.update('jax_enable_compilation_cache', True)
+jax.config.update('jax_compilation_cache_dir', COMPILED.name)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 # Roundings are held to what they are on a CPU: a GPU is used only if asked for.
 jax.config.update('jax_platforms', os.environ.setdefault('JAX_PLATFORMS', 'cpu'))
+
+
+def pytest_unconfigure() -> None:
+    COMPILED.cleanup()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from convert.architectures.way import Way
 from convert.errors import ConversionError, ConversionWarning
 from flax_vit.checks import pair
 from flax_vit.layers import grid_of
+from flax_vit.looking import modules
 
 IDENTITY = 'torch.nn.modules.linear.Identity'
 MOST_SHOWN = 4  # of rates that differ
@@ -127,13 +129,16 @@ def block_number(name: str) -> str | None:
 
 
 def rename(name: str, renames: Mapping[str, str]) -> str:
-    """`name` with the longest beginning that has another name replaced by it."""
-    number, general = block_number(name), pattern(name)
+    """`name` with the longest beginning that has another name replaced by it; a `#` in it stands for any number."""
     for old, new in sorted(renames.items(), key=lambda rule: -len(rule[0])):
-        if general.startswith(old):
-            renamed = new + general.removeprefix(old)
-            return renamed.replace('#', number, 1) if number else renamed
+        if found := _beginning(old).match(name):
+            return new.replace('#', '{}').format(*found.groups()) + name[found.end() :]
     return name
+
+
+@cache
+def _beginning(old: str) -> re.Pattern[str]:
+    return re.compile(re.escape(old).replace(r'\#', r'(\d+)'))
 
 
 @dataclass(frozen=True)
@@ -209,7 +214,6 @@ class Architecture:
     assumed: frozenset[str] = frozenset()  # fields that no weights tell, and vit-pytorch has a default for
     tables: frozenset[str] = frozenset()  # tensors that are computed, and may be in a checkpoint all the same
     blocks: str = 'transformer.layers'  # PyTorch's name of their list, of pairs of attention and feed-forward
-    attention_maps: tuple[AttentionMap, ...] = ()
     way: type[Way] | None = None  # its parts in numpy, to tell causes; None: no cause is known
     truth: str = 'PyTorch'  # what a port must compute; where it is no PyTorch, `way` computes that
 
@@ -286,6 +290,10 @@ class Architecture:
         """Fields that a live torch module tells, where the weights can't."""
         patch, attend = module.to_patch_embedding[0].axes_lengths, first_attention(module)
         fields = {'heads': attend.heads, 'patch_size': one_or_pair((patch['p1'], patch['p2']))}
+        if 'pool' in self.assumed:
+            fields['pool'] = module.pool
+        if 'dropout' in self.assumed:
+            fields |= {'dropout': dropout_rate(module.transformer), 'emb_dropout': module.dropout.p}
         return fields | ({'num_classes': 0} if class_name(getattr(module, self.model.HEAD)) == IDENTITY else {})
 
     def torch_name(self, model: Any) -> str:
@@ -298,7 +306,10 @@ class Architecture:
         return getattr(import_module(package), name)
 
     def smallest(self, module: Any) -> dict[str, Any]:
-        """Arguments with which a small torch module has the same parts as `module`: also those that decide which."""
+        """Arguments with which a small torch module has the same parts as `module`: also those that decide which.
+
+        `module`: the whole, or its Transformer alone.
+        """
         return {'image_size': 2, 'patch_size': 1, 'num_classes': 1, 'dim': 8, 'heads': 2, 'mlp_dim': 1}
 
     def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
@@ -337,8 +348,9 @@ class Architecture:
         return parts | {'to_latent': 'pooled features', '': 'logits' if model.num_classes else 'features'}
 
     def maps_of_block(self, model: Any, block: int) -> tuple[AttentionMap, ...]:
-        """Its attention maps."""
-        return self.attention_maps
+        """Its attention maps: unless told otherwise, PyTorch's modules have the names in the model's MAPS."""
+        names = [name.replace('/', '.') for names in self.model.MAPS.values() for name in modules(names)]
+        return tuple(AttentionMap(name, name, f', {name}' if names[1:] else '') for name in names)
 
     def variants(self) -> Mapping[str, Mapping[str, Any]]:
         """The fields of models that have a name of their own, which a trainer may have kept as `arch`."""

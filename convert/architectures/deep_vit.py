@@ -13,7 +13,7 @@ from convert.architectures.architecture import (
     Axis,
     Field,
     Layout,
-    dropout_rate,
+    image_of_patches,
     prenorm,
 )
 from convert.architectures.way import Mistake, Way, class_token_mistakes
@@ -65,36 +65,22 @@ class DeepViTArchitecture(Architecture):
     )
     axes = (*Architecture.axes, Axis('heads'), Axis('patches', offset=1))
     assumed = frozenset({'pool', 'dropout', 'emb_dropout'})
-    attention_maps = (
-        AttentionMap('dropout', 'attention_dropout', ', before re-attention'),
-        AttentionMap('reattn_norm.1', 'reattn_norm.1', ', after re-attention', heads_last=True),
-    )
     way = DeepViTWay
 
     def image_size(self, fields: Mapping[str, Field], sizes: Mapping[str, int]) -> dict[str, Field]:
         """pos_embedding has a row for the class token and for each patch of a square."""
-        image_size, patch_size, patches = fields.get('image_size'), fields['patch_size'], sizes['patches']
-        side = math.isqrt(patches)
-        if side**2 != patches:
+        patches = sizes['patches']
+        if math.isqrt(patches) ** 2 != patches:
             raise ConversionError(
                 f'pos_embedding has {patches} patches and a class token, but {patches} is not a square.'
             )
-        if patch_size.value is None:
-            return {} if image_size else {'image_size': Field(None, 'unknown')}
-        inferred = side * patch_size.value
-        if image_size and image_size.value != inferred:
-            raise ConversionError(
-                f'image_size={image_size.value!r} contradicts the weights: pos_embedding has {side} x {side} patches '
-                f'of {patch_size.value}, which is {inferred}. For another size, convert the model as it is, save it, '
-                f'and read it again: flax_vit.from_pretrained(folder, image_size={image_size.value!r}).'
-            )
-        how: Any = 'assumed' if patch_size.how == 'assumed' else 'inferred'
-        why = f'{side} x {side} patches of {patch_size.value}'
-        return {} if image_size else {'image_size': Field(inferred, how, why)}
+        return image_of_patches(fields, patches, 'assumed' if fields['patch_size'].how == 'assumed' else 'inferred')
 
-    def known_fields(self, module: Any) -> dict[str, Any]:
-        dropouts = {'dropout': dropout_rate(module.transformer), 'emb_dropout': module.dropout.p}
-        return super().known_fields(module) | {'pool': module.pool} | dropouts
+    def maps_of_block(self, model: Any, block: int) -> tuple[AttentionMap, ...]:
+        return (
+            AttentionMap('dropout', 'attention_dropout', ', before re-attention'),
+            AttentionMap('reattn_norm.1', 'reattn_norm.1', ', after re-attention', heads_last=True),
+        )
 
     def alternatives(self, model: Any) -> Iterator[dict[str, Any]]:
         yield {'pool': 'mean' if model.pool == 'cls' else 'cls'}

@@ -9,7 +9,6 @@ from einops import rearrange
 
 from convert.architectures.architecture import (
     Architecture,
-    AttentionMap,
     Axis,
     ComputedTable,
     Field,
@@ -125,7 +124,6 @@ class OfficialSimpleViTArchitecture(Architecture):
         'num_classes': 31,
         'rep_size': 37,
     }
-    attention_maps = (AttentionMap('attend', 'attend'),)
     way = OfficialSimpleViTWay
     truth = 'big_vision'
 

@@ -9,7 +9,6 @@ from einops import rearrange
 
 from convert.architectures.architecture import (
     Architecture,
-    AttentionMap,
     Axis,
     ComputedTable,
     Field,
@@ -137,7 +136,6 @@ class SimpleViTArchitecture(Architecture):
     )
     axes = (*Architecture.axes, Axis('heads'), Axis('dim_head'), Axis('num_register_tokens'))
     tables = frozenset({'pos_embedding'})  # where somebody made it a buffer
-    attention_maps = (AttentionMap('attend', 'attend'),)
     way = SimpleViTWay
 
     def preprocessing(self, layout: Layout, model: Any) -> dict[str, Any] | None:

@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from convert.architectures.architecture import Architecture, Field, Layout, dropout_rate, first_attention, heads_of
+from convert.architectures.architecture import (
+    Architecture,
+    AttentionMap,
+    Field,
+    Layout,
+    dropout_rate,
+    first_attention,
+    heads_of,
+)
 from flax_vit.checks import COMPUTATION
 
 BEGINNING = 'transformer.'  # of its names in the whole
@@ -34,7 +42,6 @@ class TransformerArchitecture(Architecture):
         self.torch_classes = tuple(dict.fromkeys(map(self.torch_name, wholes)))
         self.axes = tuple(axis for axis in whole.axes if axis.quantity in self.SIZES)
         self.probe = {name: whole.probe[name] for name in ('dim', 'mlp_dim', 'heads', 'dim_head')}
-        self.attention_maps = whole.attention_maps
         self.assumed = whole.assumed & self.own_fields().keys()
         self.layouts = tuple(map(self.layout_alone, whole.layouts))
 
@@ -107,6 +114,9 @@ class TransformerArchitecture(Architecture):
         if not model.final_norm:
             module.norm = torch.nn.Identity()
         return self.whole.as_released(module, model)
+
+    def maps_of_block(self, model: Any, block: int) -> tuple[AttentionMap, ...]:
+        return self.whole.maps_of_block(model, block)
 
     def parts(self, model: Any) -> dict[str, str]:
         parts: dict[str, str] = {}

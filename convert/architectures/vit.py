@@ -9,12 +9,10 @@ import numpy as np
 from convert.architectures.architecture import (
     IDENTITY,
     Architecture,
-    AttentionMap,
     Axis,
     Field,
     Layout,
     class_name,
-    dropout_rate,
     first_attention,
     image_of_patches,
     other_heads,
@@ -102,7 +100,6 @@ class ViTArchitecture(Architecture):
     )
     probe: Mapping[str, Any] = {**Architecture.probe, 'dim_head': 20}  # dim, as where there is no projection
     assumed = frozenset({'pool', 'dropout', 'emb_dropout'})
-    attention_maps = (AttentionMap('attend', 'attend'),)
     way = ViTWay
 
     def layouts_of(self, model: Any) -> list[Layout]:
@@ -152,10 +149,6 @@ class ViTArchitecture(Architecture):
         # Oblong images of as many patches are computed the same. Only what a file may say of them is still asked.
         live = 'emb_dropout' in fields and fields['emb_dropout'].how == 'inferred'
         return image_of_patches(fields, sizes['patches'], 'inferred' if live else 'assumed')
-
-    def known_fields(self, module: Any) -> dict[str, Any]:
-        dropouts = {'dropout': dropout_rate(module.transformer), 'emb_dropout': module.dropout.p}
-        return super().known_fields(module) | {'pool': module.pool} | dropouts
 
     def smallest(self, module: Any) -> dict[str, Any]:
         arguments = super().smallest(module)

@@ -21,7 +21,7 @@ class NumpySide(TorchSide):
         right = kind.right(self.inspection.model, kind.in_matrices(exact))
         tensors = {name: ROUNDINGS[dtype](tensor) for name, tensor in right.tensors.items()}
         way = replace(right, tensors=tensors, dtype=dtype)
-        maps = {f'.{kind.torch}' for kind in architecture.attention_maps}
+        maps = {f'.{kind.torch}' for kind in architecture.maps_of_block(self.inspection.model, 0)}
 
         def of_one(image: np.ndarray) -> dict[str, np.ndarray]:
             outputs = dict.fromkeys(architecture.parts(self.inspection.model), np.empty(0))  # to be filled

@@ -31,6 +31,10 @@ def leaves(
     quantities = architecture.quantities(probe)
     axes = {axis.size(quantities): axis for axis in architecture.axes}
 
+    def held(name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
+        assert axes.keys() >= {*shape}, f'{name} of {layout} has axes {shape}, but no Axis of its record holds them all'
+        return tuple(axes[size] for size in shape)
+
     rules = {
         layout.from_today(rule.name): (replace(rule, batched=rule.name in layout.batched), rule.torch_shape(shape))
         for rule, shape in _shapes(probe).items()
@@ -44,7 +48,7 @@ def leaves(
             for name, (rule, shape) in rules.items()
         }
     return {
-        name: (rule, tuple(axes[size] for size in ((1, *shape) if rule.batched else shape)))
+        name: (rule, held(name, (1, *shape) if rule.batched else shape))
         for name, (rule, shape) in rules.items()
         if head or not _is_part(name, _head(layout))
     }

@@ -17,7 +17,10 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import convert
+from convert.architectures import architecture_of
 from flax_vit import unstack_layers
+from flax_vit.architectures import MODELS
+from flax_vit.checks import pair
 from flax_vit.simple_vit import posemb_sincos_2d
 
 FLOAT64_BOUND = 1e-12  # of outputs, relative
@@ -36,25 +39,26 @@ class Configuration:
     fields: Mapping[str, Any]  # vit-pytorch's arguments
     image: tuple[int, int]  # height, width
     batch: int = 2
-    file: str = ''  # vit-pytorch's, where it is not that of the architecture's name
+    torch_class: str = ''  # its full name, where it is not the first of the architecture's record
 
     @property
     def told(self) -> dict[str, Any]:
-        """What not even the module tells."""
-        return {'image_size': self.fields['image_size']} if self.architecture == 'ViT' else {}
+        """What not even the module tells: of how many rows and columns of patches the learned positions are."""
+        image_size = self.fields['image_size']
+        learned = MODELS[self.architecture].POSITIONS
+        return {'image_size': image_size} if learned and isinstance(image_size, tuple) else {}
 
 
 def deep_vit(image: tuple[int, int], **fields: Any) -> Configuration:
     return Configuration('DeepViT', fields, image)
 
 
-def simple_vit(file: str = '', **fields: Any) -> Configuration:
-    size = fields['image_size']
-    return Configuration('SimpleViT', fields, size if isinstance(size, tuple) else (size, size), file=file)
+def simple_vit(torch_class: str = '', **fields: Any) -> Configuration:
+    return Configuration('SimpleViT', fields, pair(fields['image_size']), torch_class=torch_class)
 
 
-REGISTERS = 'simple_vit_with_register_tokens'
-QK_NORM = 'simple_vit_with_qk_norm'
+REGISTERS = 'vit_pytorch.simple_vit_with_register_tokens.SimpleViT'
+QK_NORM = 'vit_pytorch.simple_vit_with_qk_norm.SimpleViT'
 
 
 def vit(image: tuple[int, int], **fields: Any) -> Configuration:
@@ -204,10 +208,10 @@ def perturbed(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def pytorch(configuration: Configuration, dtype: torch.dtype = torch.float64, seed: int = 0) -> torch.nn.Module:
     """vit-pytorch's module, perturbed. In float64 it gets the port's sincos table; the tables are compared apart."""
-    files = {'DeepViT': 'deepvit', 'SimpleViT': 'simple_vit', 'ViT': 'vit'}
-    package = import_module(f'vit_pytorch.{configuration.file or files[configuration.architecture]}')
-    module = getattr(package, configuration.architecture)(**configuration.fields).to(dtype)
-    if configuration.architecture == 'SimpleViT' and dtype == torch.float64:
+    record = architecture_of(MODELS[configuration.architecture])
+    package, _, name = (configuration.torch_class or record.torch_classes[0]).rpartition('.')
+    module = getattr(import_module(package), name)(**configuration.fields).to(dtype)
+    if record.tables and dtype == torch.float64:
         module.pos_embedding = port_table(configuration)
     return perturbed(module, seed)
 
@@ -222,8 +226,7 @@ def converted(
 
 def port_table(configuration: Configuration) -> torch.Tensor:
     """The port's sincos table of a SimpleViT."""
-    patch = configuration.fields['patch_size']
-    sides = patch if isinstance(patch, tuple) else (patch, patch)
+    sides = pair(configuration.fields['patch_size'])
     height, width = (pixels // side for pixels, side in zip(configuration.image, sides, strict=True))
     return torch.tensor(posemb_sincos_2d(height, width, configuration.fields['dim']))
 

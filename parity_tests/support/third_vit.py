@@ -12,7 +12,7 @@ from jax import Array
 from jaxtyping import Float, Shaped
 from vit_pytorch import simple_vit
 
-from convert.architectures.architecture import Architecture, AttentionMap, Axis, Layout
+from convert.architectures.architecture import Architecture, Axis, Layout
 from flax_vit.checks import pair
 from flax_vit.layers import Identity, Layer, add, sequential, to_patches
 from flax_vit.mesh import COLUMNS, SHARED, Rules, laid_out_by_the_compiler
@@ -95,4 +95,3 @@ class ThirdViTArchitecture(Architecture):
     torch_classes = ('parity_tests.support.third_vit.TorchThirdViT',)
     layouts = (Layout('T0', ThirdViT, '(not yet)'),)
     axes = (*Architecture.axes, Axis('patches'))
-    attention_maps = (AttentionMap('attend', 'attend'),)
