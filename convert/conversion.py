@@ -12,7 +12,6 @@ from typing import Any
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -80,22 +79,16 @@ class Inspection:
     @property
     def plan(self) -> list[tuple[str, Leaf]]:
         """Every tensor's name in the source, and how it becomes a parameter."""
-        fit = self.unwrapped.fit
-        headless = 'num_classes' in self.fields and self.fields['num_classes'].value == 0
-        rules = leaves(self.layout, fit.depth, head=not headless, told=fit.told)
+        rules = leaves(self.layout, self.unwrapped.fit.depth, told=self.unwrapped.fit.told)
         return [(name, rules[name][0]) for name in self.tensors]
 
     @property
     def assumptions(self) -> str:
         """What was assumed, as arguments: "pool='cls', dropout=0.0"."""
-        return self._assumed()
+        return self.assumed()
 
-    @property
-    def assumptions_of_outputs(self) -> str:
-        """Likewise, without what matters in training alone."""
-        return self._assumed(checks.TRAINING)
-
-    def _assumed(self, without: frozenset[str] = frozenset()) -> str:
+    def assumed(self, without: frozenset[str] = frozenset()) -> str:
+        """Likewise, but for the fields `without`."""
         assumed = {name: field for name, field in self.fields.items() if field.how == 'assumed' and name not in without}
         return ', '.join(f'{name}={field.value!r}' for name, field in assumed.items())
 
@@ -169,7 +162,7 @@ def inspect(
     elif live_module.is_module(source):
         inner = live_module.unwrapped(source, part)
         name, form, tree = class_name(inner), 'live module', arrays(inner.state_dict())
-        known = live_module.known_fields(inner)
+        known = live_module.architecture_of_module(inner).known_fields(inner)
     elif isinstance(source, Mapping):
         name, form, tree = 'a state dict', 'in memory', arrays(source)
     else:
@@ -307,11 +300,7 @@ def floating_dtype(dtype: Any) -> np.dtype[Any]:
 
 def check_dtypes(tensors: Mapping[str, np.ndarray]) -> None:
     """ConversionError unless all are floating-point numbers that can be computed with."""
-    wrong = [
-        f'  {name}: {tensor.dtype}'
-        for name, tensor in tensors.items()
-        if not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize == 1
-    ]
+    wrong = [f'  {name}: {tensor.dtype}' for name, tensor in tensors.items() if tensor.dtype.name not in checks.FLOATS]
     if wrong:
         raise ConversionError(
             'Weights must be float64, float32, float16 or bfloat16; these are not (quantised? convert them in PyTorch, '
@@ -325,12 +314,14 @@ def arrays(tree: Any) -> Any:
     Raises ConversionError, with the address, for tensors that hold no plain numbers.
     """
     made: dict[int, Any] = {}  # by the id of the container: some hold themselves
+    held = []  # all of these, so that no id is given again: some make what they hold when they are asked for it
 
     def made_of(node: Any, address: tuple[str, ...]) -> Any:
         if isinstance(node, Namespace):  # a trainer's arguments, which are plain values in a file, too
             node = vars(node)
         if id(node) in made:
             return made[id(node)]
+        held.append(node)
         if isinstance(node, Mapping):
             named: dict[Any, Any] = {}
             made[id(node)] = named

@@ -114,7 +114,7 @@ def version(release: str) -> tuple[int, ...]:
     """A release as numbers, to be compared. Raises ConversionError when it is none."""
     if not re.fullmatch(r'\d+(\.\d+)*', release):
         raise ConversionError(f"release must be that of a vit-pytorch, such as '0.6.5', not {release!r}.")
-    return tuple(map(int, release.split('.')))
+    return tuple(map(int, f'{release}.0.0'.split('.')[:3]))
 
 
 def pattern(name: str) -> str:

@@ -21,7 +21,6 @@ from convert.files.folders import beside, only_checkpoint
 from convert.files.other_files import refuse_archive, refuse_file, refuse_parts
 from convert.files.pickle_reader import Data, Foreign
 from convert.files.remote import local_path
-from convert.files.tensors import array
 from convert.files.torch_archive import (
     LEGACY,
     is_exported,
@@ -32,8 +31,6 @@ from convert.files.torch_archive import (
 )
 from convert.files.unpacking import unpacked, unpacked_file
 from convert.files.zip_directory import quote, zip_records
-
-__all__ = ['Checkpoint', 'Foreign', 'array', 'read']
 
 
 @dataclass(frozen=True)
@@ -104,14 +101,13 @@ def _read_file(path: Path, shard: bool) -> Checkpoint:
         raise ConversionError('an empty file, or no file at all: copy or download it again')
     with path.open('rb') as file:
         data = mmap(file.fileno(), 0, access=ACCESS_READ)
-    if not shard and data[:512].lstrip().startswith(b'{'):
+    if not shard and b'\0' not in data[:8] and data[:512].lstrip().startswith(b'{'):
         return _read_shards(path, read_json(data[: JSON_BYTES + 1]))
-    tree, form, metadata = _read_data(data, path)
-    return Checkpoint(tree, form, (path,), metadata)
+    return _read_data(data, path)
 
 
-def _read_data(data: Data, path: Path, packed: str = '') -> tuple[Any, str, Mapping[str, str]]:
-    """The tree in a file's content, the format in words, and metadata. `packed`: how the content was, in the file."""
+def _read_data(data: Data, path: Path, packed: str = '') -> Checkpoint:
+    """What is in a file's content; `packed`: how the content was, in the file."""
     head = data[:512]
     metadata: Mapping[str, str] = {}
     if head.startswith((b'PK\3\4', b'PK\5\6')):
@@ -149,10 +145,10 @@ def _read_data(data: Data, path: Path, packed: str = '') -> tuple[Any, str, Mapp
             f'    model = {_LOADS.get(form, _TORCH_LOADS).format(str(path))}\n'
             "    torch.save(model.state_dict(), 'weights.pt')"
         )
-    return tree, f'{form}, {packed}' if packed else form, metadata
+    return Checkpoint(tree, f'{form}, {packed}' if packed else form, (path,), metadata)
 
 
-def _read_packed(content: bytes, path: Path, packed: str) -> tuple[Any, str, Mapping[str, str]]:
+def _read_packed(content: bytes, path: Path, packed: str) -> Checkpoint:
     if not content:
         raise ConversionError(f'{packed}: nothing')
     try:

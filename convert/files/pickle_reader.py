@@ -33,7 +33,7 @@ class Foreign:
     name: str  # 'argparse.Namespace'
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Call:
     """What the pickle would have called, and what it would then have done to the result."""
 
@@ -74,10 +74,10 @@ def most_instructions(size: int) -> int:
     return INSTRUCTIONS + size // BYTES_PER_INSTRUCTION
 
 
-def read_pickle(data: Data, start: int = 0, end: int | None = None) -> tuple[Any, int]:
+def read_pickle(data: Data, start: int = 0, end: int | None = None) -> tuple[Any, int, list[Any]]:
     """What a pickle in data[start:end] describes, out of dicts, lists, tuples, plain values, Foreign and Call.
 
-    Returns it and where the pickle ends. A persistent identity is a Call of 'persistent'.
+    Returns it, where the pickle ends, and the persistent identities in it, each of them a Call of 'persistent'.
 
     Raises: ConversionError, ValueError, LookupError, OverflowError.
     """
@@ -86,10 +86,11 @@ def read_pickle(data: Data, start: int = 0, end: int | None = None) -> tuple[Any
         return _described(_Stream(data, start, len(data) if end is None else end), most_instructions(len(data)))
 
 
-def _described(stream: _Stream, most: int) -> tuple[Any, int]:
+def _described(stream: _Stream, most: int) -> tuple[Any, int, list[Any]]:
     stack: list[Any] = []
     outer: list[list[Any]] = []  # the stacks that MARK has set aside
     memo: dict[int, Any] = {}
+    identities: list[Any] = []
     argument: Any
     items: list[Any] = []
     for step, (opcode, argument, _) in enumerate(pickletools.genops(stream)):  # type: ignore[arg-type]
@@ -151,8 +152,9 @@ def _described(stream: _Stream, most: int) -> tuple[Any, int]:
                         stack.append(module_class)
                     case identity:
                         stack.append(Call('persistent', identity, False))
+                        identities.append(identity)
             case 'STOP':
-                return items[0], stream.at
+                return items[0], stream.at, identities
             case 'LONG4':
                 stack.append(Foreign('builtins.int'))  # of thousands of digits
             case _ if name in _LITERALS:

@@ -61,11 +61,6 @@ class Storages:
 Load = Callable[[bytes], Foreign]  # a file inside of the file -> the storage in it
 
 
-def no_file(_content: bytes) -> Foreign:
-    """For a file inside of a file, which has no other in it."""
-    return Foreign('torch.storage')
-
-
 def values(described: Any, size: int, storages: Storages, load: Load) -> Any:
     """The tree that a pickle describes.
 
@@ -130,45 +125,32 @@ class _Values:
 
     def called(self, call: Call, depth: int) -> Any:
         """What a call would give, where that is a plain container, numbers, or what was set in it; else a Foreign."""
-        arguments = call.arguments
-        match call.name.replace('numpy.core.', 'numpy._core.'):
-            case 'persistent':
-                return self.storages.find(self.of(arguments, depth))
-            case 'collections.OrderedDict' | 'collections.defaultdict' | 'builtins.dict' | '__builtin__.dict':
+        match call.name.replace('numpy.core.', 'numpy._core.'), call.arguments:
+            case 'persistent', identity:
+                return self.storages.find(self.of(identity, depth))
+            case (('collections.OrderedDict' | 'collections.defaultdict' | 'builtins.dict' | '__builtin__.dict'), _):
                 return self.of(call.items, depth)
-            case '_codecs.encode':
-                match arguments:
-                    case (str(text), 'latin1'):
-                        return self.once('latin1', text, lambda: text.encode('latin1'))
-            case 'builtins.bytes' | '__builtin__.bytes' if arguments == ():
+            case '_codecs.encode', (str(text), 'latin1'):
+                return self.once('latin1', text, lambda: text.encode('latin1'))
+            case (('builtins.bytes' | '__builtin__.bytes'), ()):
                 return b''
-            case 'torch.storage._load_from_bytes':
-                match self.of(arguments, depth):
-                    case (bytes() as content,):
-                        return self.once('storage', content, lambda: self.load(content))
-            case 'numpy._core.multiarray.scalar':
-                match arguments:
-                    case (described, raw):
-                        found = self.array(described, (), 'C', self.of(raw, depth))
-                        return found.item() if isinstance(found, np.ndarray) else found
-            case 'numpy._core.numeric._frombuffer':
-                match arguments:
-                    case (bytes() | bytearray() | memoryview() as raw, described, shape, order):
-                        return self.array(described, shape, order, raw)
-            case 'numpy._core.multiarray._reconstruct':
+            case 'torch.storage._load_from_bytes', (packed,) if isinstance(content := self.of(packed, depth), bytes):
+                return self.once('storage', content, lambda: self.load(content))
+            case 'numpy._core.multiarray.scalar', (described, raw):
+                found = self.array(described, (), 'C', self.of(raw, depth))
+                return found.item() if isinstance(found, np.ndarray) else found
+            case 'numpy._core.numeric._frombuffer', (raw, described, shape, order) if not isinstance(raw, list):
+                return self.array(described, shape, order, raw)
+            case 'numpy._core.multiarray._reconstruct', arguments:
                 match arguments, call.state:
                     case (Foreign('numpy.ndarray'), *_), (_, shape, described, is_fortran, raw):
                         return self.array(described, shape, 'F' if is_fortran else 'C', self.of(raw, depth))
                 return Foreign('numpy.ndarray')
-            case 'torch.Size':
-                match arguments:
-                    case (tuple() as sizes,):
-                        return self.of(sizes, depth)
-            case name if name.startswith('torch._'):
+            case 'torch.Size', (tuple() as sizes,):
+                return self.of(sizes, depth)
+            case name, arguments if name.startswith('torch._'):
                 return self.tensor(name, self.of(arguments, depth))
-            case _:
-                return self.attributes(call, depth)
-        return Foreign(call.name)
+        return self.attributes(call, depth)
 
     def attributes(self, call: Call, depth: int) -> Any:
         """The items of a dict of the trainer's own, or else the attributes of an object, or else its parts."""
@@ -229,9 +211,8 @@ _IN_PROGRESS = object()
 
 def view(storage: Storage, dtype: np.dtype[Any], offset: Any, shape: Any, strides: Any, file_size: int) -> np.ndarray:
     """The numbers of a tensor where they lie in the file, once they are known to lie there."""
-    if not isinstance(shape, tuple) or not isinstance(strides, tuple) or len(shape) != len(strides):
-        raise ConversionError(f'a tensor of shape {quote(shape)} with strides {quote(strides)}')
-    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (offset, *shape, *strides)) or len(shape) > 32:
+    alike = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= 32
+    if not alike or not all(type(n) is int and 0 <= n < 1 << 63 for n in (offset, *shape, *strides)):
         raise ConversionError(f'a tensor of shape {quote(shape)}, strides {quote(strides)}, offset {quote(offset)}')
     if 0 in shape:
         return np.ndarray(shape, dtype, storage.data)

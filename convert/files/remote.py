@@ -47,7 +47,9 @@ def local_path(source: str | os.PathLike[str]) -> Path:
     """
     name = os.fspath(source)
     address = _ADDRESS.fullmatch(name)
-    path = Path(name).expanduser()
+    path = Path(name)
+    with suppress(RuntimeError):  # nobody has that name
+        path = path.expanduser()
     if address and address[1] == 'hf':
         return _from_hub(name, name.removeprefix('hf://'))
     if address and not path.exists():

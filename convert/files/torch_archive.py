@@ -11,7 +11,7 @@ from convert.errors import ConversionError
 from convert.files.arrays import read_json
 from convert.files.dtypes import DTYPES
 from convert.files.pickle_reader import Call, Data, Foreign, read_pickle
-from convert.files.pickled_values import STORAGES, Storage, Storages, no_file, values, view
+from convert.files.pickled_values import STORAGES, Storage, Storages, values, view
 from convert.files.zip_directory import Record, quote, zip_records
 
 
@@ -46,7 +46,7 @@ def read_torch_zip(data: Data, records: Mapping[str, Record]) -> Any:
         for name, record in records.items()
         if name.startswith(start)
     }
-    described, _ = read_pickle(data, program.start, program.start + program.size)
+    described, *_ = read_pickle(data, program.start, program.start + program.size)
     return values(described, len(data), Storages(data, places), load_storage)
 
 
@@ -71,22 +71,27 @@ def read_legacy(data: Data) -> Any:
 def load_storage(content: bytes) -> Foreign:
     """The one storage that torch writes into a file of its own, inside of a plain pickle."""
     described, storages = _legacy(content)
-    found = values(described, len(content), storages, no_file)
-    return found if isinstance(found, Foreign) else Foreign('torch.storage')
+    match described:
+        case Call('persistent', identity):
+            return storages.find(identity)
+    return Foreign('torch.storage')
 
 
 def _legacy(data: Data) -> tuple[Any, Storages]:
     """What the pickled tree describes, and where its storages are."""
-    end, parts = 0, []
+    end, parts, widths = 0, [], dict[str, int]()
     for _ in range(5):
-        part, end = read_pickle(data, end)
+        part, end, identities = read_pickle(data, end)
         parts.append(part)
+        for identity in identities:
+            match identity:
+                case ('storage', Foreign(kind), str(key), *_):
+                    widths[key] = STORAGES[kind].itemsize if kind in STORAGES else _QUANTIZED.get(kind, 0)
     _, version, machine, tree, keys = parts
     if version != 1001 or not isinstance(machine, dict) or not isinstance(keys, list):
         raise ConversionError(f"torch's older format of another version, {quote(version)}")
     if machine.get('little_endian') is not True:
         raise ConversionError(_BIG_ENDIAN)
-    widths = _widths(tree)
     places: dict[str, tuple[int, int]] = {}
     for key in keys:
         length = int.from_bytes(data[end : end + 8], 'little')
@@ -95,28 +100,6 @@ def _legacy(data: Data) -> tuple[Any, Storages]:
         places[key] = end + 8, length * widths[key]
         end += 8 + length * widths[key]
     return tree, Storages(data, places)
-
-
-def _widths(described: Any) -> dict[str, int]:
-    """The bytes of a number in each storage that a pickle points to."""
-    found: dict[str, int] = {}
-    waiting, seen = [described], set()
-    while waiting:
-        part = waiting.pop()
-        if isinstance(part, dict | list | tuple | Call):
-            if id(part) in seen:
-                continue
-            seen.add(id(part))
-        if isinstance(part, dict):
-            waiting += part.values()
-        elif isinstance(part, list | tuple):
-            waiting += part
-        elif isinstance(part, Call):
-            match part.name, part.arguments:
-                case 'persistent', ('storage', Foreign(kind), str(key), *_):
-                    found[key] = STORAGES[kind].itemsize if kind in STORAGES else _QUANTIZED.get(kind, 0)
-            waiting += [part.arguments, part.items, part.state]
-    return found
 
 
 def read_plain_pickle(data: Data, start: int = 0) -> Any:

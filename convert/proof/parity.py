@@ -21,7 +21,7 @@ from convert.proof.numpy_side import NumpySide
 from convert.proof.torch_side import TorchSide
 from convert.recognition.names import differences, leaf
 from flax_vit.architectures import name_of
-from flax_vit.checks import floating_dtype
+from flax_vit.checks import TRAINING, floating_dtype
 from flax_vit.looking import with_whole_maps
 from flax_vit.parameters import check_variables, input_shape, reads_channels_last
 from flax_vit.stacking import is_stacked, one_by_one, unstack_layers
@@ -96,7 +96,7 @@ class Report:
             if self.table and not self.table.right:
                 return f'the {self.table.name} is not that of {self.truth}.'
             weights = f', with the parameters rounded to {self.rounded}' if self.rounded else ''
-            assumed = self.inspection.assumptions_of_outputs
+            assumed = self.inspection.assumed(TRAINING)
             if not assumed:
                 return f'the Flax model computes what {self.truth} does{weights}.'
             return (

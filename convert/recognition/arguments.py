@@ -14,7 +14,7 @@ from convert.architectures.architecture import Field, one_or_pair
 from convert.errors import ConversionError, printable
 from convert.recognition.fields import resolve
 from convert.recognition.layouts import MOST_LINES, Fit
-from flax_vit.checks import COMPUTATION
+from flax_vit.checks import COMPUTATION, TRAINING
 
 # Keys under which trainers keep the arguments of what they train. What stands elsewhere is this model's if it agrees
 # with the weights in as many fields as AGREE.
@@ -26,7 +26,6 @@ WORDS = frozenset(
 )  # fmt: skip
 AGREE = 2
 NAMES = frozenset({'arch', 'model', 'model_name'})  # under which trainers keep the name of a model
-TRAINING = frozenset({'dropout', 'emb_dropout'})  # fields that change nothing after training
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,14 @@ def read_arguments(
     found: dict[str, Any] = {}
     places: dict[str, str] = {}
     contradictions: list[str] = []
-    for arguments in groups(tree, names, architecture_of(fit.layout.model).variants()) if still else ():
+    for arguments in groups(tree, names, architecture_of(fit.layout.model).variants()):
         values = {
             name: value
             for name, value in arguments.values.items()
             if name in still and all(isinstance(value, t) == isinstance(fields[name].value, t) for t in (str, bool))
         }
         told = [name for name in arguments.values if fields[name].how == 'inferred']
-        wrong = [name for name in told if not same(arguments.values[name], fields[name].value)]
+        wrong = [name for name in told if arguments.values[name] != fields[name].value]
         if not values or not (arguments.named or len(told) - len(wrong) >= AGREE):
             continue
         if wrong:
@@ -72,7 +71,7 @@ def read_arguments(
             contradictions.append(f'{arguments.where}: {error}')
             continue
         for name, value in values.items():
-            if name in found and not same(found[name], value):
+            if name in found and found[name] != value:
                 raise ConversionError(
                     f'{name} is {found[name]!r} by {places[name]}, but {value!r} by {arguments.where}: give the right '
                     f'one, {name}=….'
@@ -85,8 +84,6 @@ def read_arguments(
             + '\n'.join(f'  {contradiction}' for contradiction in contradictions[:MOST_LINES])
             + f'\nIf that is about another model, give what cannot be inferred from the weights: {needed}.'
         )
-    if not found:
-        return dict(fields)
     resolved = resolve(fit, {**given, **found}, known)
     read = {name: replace(resolved[name], how='read', why=places[name]) for name in found}
     return {**resolved, **read}
@@ -135,9 +132,3 @@ def plain(value: Any) -> int | float | str | bool | tuple[int, int] | None:
     if isinstance(value, list | tuple) and len(value) == 2 and all(type(item) is int for item in value):
         return one_or_pair((value[0], value[1]))
     return value if type(value) in {int, float, str, bool} else None
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two values of a field are the same; a size may be given as a pair."""
-    one, other = (one_or_pair(each) if isinstance(each, tuple) and len(each) == 2 else each for each in (one, other))
-    return bool(one == other)

@@ -9,12 +9,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from flax import linen as nn
-
 from convert.architectures import architecture_of
 from convert.architectures.architecture import Axis, Layout, block_number, flax_name, pattern
-from convert.recognition.names import Leaf, differences, leaf
-from flax_vit.parameters import variable_shapes
+from convert.recognition.names import Leaf, differences, leaf_shapes
 
 Shapes = Mapping[str, tuple[Any, ...]]  # a size, or what it holds in words
 
@@ -31,32 +28,18 @@ def leaves(
     quantities = architecture.quantities(probe)
     axes = {axis.size(quantities): axis for axis in architecture.axes}
 
-    def held(name: str, shape: tuple[int, ...]) -> tuple[Axis, ...]:
-        assert axes.keys() >= {*shape}, f'{name} of {layout} has axes {shape}, but no Axis of its record holds them all'
-        return tuple(axes[size] for size in shape)
-
-    rules = {
-        layout.from_today(rule.name): (replace(rule, batched=rule.name in layout.batched), rule.torch_shape(shape))
-        for rule, shape in _shapes(probe).items()
-    }
-    if layout.flax:
-        rules = {
-            flax_name(name, len(shape)): (
-                replace(rule, axes=tuple(range(len(shape)))),
-                tuple(shape[axis] for axis in rule.axes),
-            )
-            for name, (rule, shape) in rules.items()
-        }
-    return {
-        name: (rule, held(name, (1, *shape) if rule.batched else shape))
-        for name, (rule, shape) in rules.items()
-        if head or not _is_part(name, _head(layout))
-    }
-
-
-@cache  # the model is traced once for all layouts that are names of it
-def _shapes(probe: nn.Module) -> dict[Leaf, tuple[int, ...]]:
-    return {leaf(path, len(shape.shape)): shape.shape for path, shape in variable_shapes(probe).items()}
+    rules = {}
+    for rule, shape in leaf_shapes(probe).items():
+        name = layout.from_today(rule.name)
+        if layout.flax:
+            name, rule = flax_name(name, len(shape)), replace(rule, axes=tuple(range(len(shape))))
+        elif rule.name in layout.batched:
+            rule = replace(rule, batched=True)
+        sizes = (*[1] * rule.batched, *rule.torch_shape(shape))
+        assert axes.keys() >= {*sizes}, f'{name} of {layout} has axes of {sizes}; its record has an Axis for {[*axes]}'
+        if head or not _is_part(name, _head(layout)):
+            rules[name] = rule, tuple(axes[size] for size in sizes)
+    return rules
 
 
 @cache
@@ -193,7 +176,6 @@ def _is_part(name: str, module: str) -> bool:
 
 def best_fit(shapes: Shapes, layouts: tuple[Layout, ...], *, head: bool = True) -> Fit:
     """The layout that fits but for the head, else the one with the fewest problems."""
-    shapes = {name: tuple(shape) for name, shape in shapes.items()}
     patterns = {name: pattern(name) for name in shapes}
     fits = [fit(layout, shapes, patterns, head=head) for layout in layouts]
     best = min(fits, key=lambda fit: (not fit.body, len(fit.different)))

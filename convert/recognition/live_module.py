@@ -140,11 +140,6 @@ def signature(part: Any) -> str:
     return f'{name}({SETTINGS[name]}={getattr(part, SETTINGS[name])!r})' if name in SETTINGS else name
 
 
-def known_fields(module: Any) -> dict[str, Any]:
-    """Fields of the Flax model that the module itself tells, where the weights can't."""
-    return architecture_of_module(module).known_fields(module)
-
-
 def ported(architectures: Iterable[Architecture]) -> dict[str, Architecture]:
     """The torch classes that are converted, by their full names; our own references are none."""
     return {

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from convert.architectures.architecture import flax_axes
 from convert.errors import ConversionError
-from flax_vit.parameters import collections_of, variable_shapes
+from flax_vit.parameters import check_variables, variable_shapes
 from flax_vit.stacking import is_stacked, one_by_one, stack_layers, unstack_layers
 
 Path = tuple[str, ...]
@@ -63,6 +63,11 @@ def leaf(path: Path, dimensions: int) -> Leaf:
     return Leaf(path, torch_module_name([*modules, called]), flax_axes(last, dimensions))
 
 
+def leaf_shapes(model: nn.Module) -> dict[Leaf, tuple[int, ...]]:
+    """The rule of every variable of the model, and its shape in Flax."""
+    return {leaf(path, len(shape.shape)): shape.shape for path, shape in variable_shapes(model).items()}
+
+
 def torch_module_name(path: Sequence[str]) -> str:
     """PyTorch's name of the Flax submodule at `path`: ('transformer', 'layers_3_1') -> 'transformer.layers.3.1'."""
     return '.'.join(re.sub(r'_(?=\d)', '.', module) for module in path)
@@ -81,7 +86,7 @@ def to_flax(
     every name that is missing (-), left over (+) or misshapen.
     """
     stacked, model = is_stacked(model), one_by_one(model)
-    shapes = {leaf(path, len(shape.shape)): shape.shape for path, shape in variable_shapes(model).items()}
+    shapes = leaf_shapes(model)
     expected = {rule.name: rule.torch_shape(shape) for rule, shape in shapes.items()}
     problems = differences(expected, {name: tensor.shape for name, tensor in tensors.items()})
     if problems:
@@ -100,16 +105,11 @@ def to_torch(model: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.nda
 
     Raises ConversionError when the variables are not those of the model.
     """
-    if set(variables) != set(collections_of(model)):
-        wanted = ', '.join(f"'{name}': …" for name in collections_of(model))
-        raise ConversionError(f'variables must be {{{wanted}}}, not a dict of {sorted(variables)}.')
-    if is_stacked(model):
-        model, variables = one_by_one(model), unstack_layers(variables)
-    flat = flatten_dict(variables)
-    expected = {'/'.join(path): shape.shape for path, shape in variable_shapes(model).items()}
-    problems = differences(expected, {'/'.join(path): np.shape(array) for path, array in flat.items()})
-    if problems:
-        raise ConversionError(f'The variables are not those of this {type(model).__name__}:\n' + '\n'.join(problems))
+    try:
+        check_variables(model, variables)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    flat = flatten_dict(unstack_layers(variables) if is_stacked(model) else variables)
     rules = {path: leaf(path, np.ndim(array)) for path, array in flat.items()}
     return {rule.name: np.array(rule.to_torch(np.asarray(flat[path])), order='C') for path, rule in rules.items()}
 

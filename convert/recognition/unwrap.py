@@ -4,14 +4,10 @@ No list of known words is searched for: wherever a dict holds tensors, and under
 layouts are tried. What is not part of the model is left aside and reported by group.
 """
 
-import hashlib
 import re
-from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +32,8 @@ INSERTED = re.compile(r'(?<=\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapp
 SCANNED = re.compile(r'(?<=\bencoderblock)(?=\.)')
 # What big_vision keeps of its optimizer, by the parameters' names; in its older files they are at opt.target.
 OF_TRAINING = re.compile(r'opt\.(?!target\.)|chrono\.')
+# What torch.save, or another pickle, begins with.
+FILES = (b'PK\3\4', b'\x80\2', b'\x80\3', b'\x80\4', b'\x80\5')
 MOST_OBJECTS = 8  # that a message names
 MOST_PLACES = 64  # in one file that are held against the layouts, the likeliest first ...
 MOST_TIMES = 4  # ... as long as all together have no more than so many times the file's tensors
@@ -47,6 +45,11 @@ class Item(NamedTuple):
     container: tuple[str, ...]
     name: str
     value: Any
+    keys: tuple[Any, ...]  # as they are, to be written down
+
+    @property
+    def key(self) -> str:
+        return '.'.join((*self.container, self.name))
 
 
 class Place(NamedTuple):
@@ -99,9 +102,9 @@ def unwrap(
     no layout explains.
     """
     leaves = list(walk(tree))
-    all_layouts = layouts_of_all(part, release)
-    marked = {mark for mark in {layout.mark for layout in all_layouts} if any(mark in leaf.name for leaf in leaves)}
-    layouts = tuple(layout for layout in all_layouts if layout.mark in marked)
+    layouts = tuple(
+        layout for layout in layouts_of_all(part, release) if any(layout.mark in leaf.name for leaf in leaves)
+    )
     if any(layout.flax for layout in layouts):
         leaves = list(of_flax(leaves))
     found = candidates(leaves, key, layouts, head=head)
@@ -112,7 +115,7 @@ def unwrap(
             raise ConversionError(f'There is no model at key={key!r}. {_list(found) or _contents(leaves)}')
         found = chosen
     whole = [candidate for candidate in found if not candidate.fit.different]
-    different = distinct(whole) if len(whole) > 1 else whole
+    different = distinct(whole)
     if len(different) > 1:
         raise ConversionError(f'There are several different models here; choose one. {_list(different)}')
     alone: list[Candidate] = []
@@ -135,29 +138,25 @@ def unwrap(
 
 def walk(tree: Any) -> Iterator[Item]:
     """Every item of the tree, by every way that leads to it; containers that hold themselves are entered once."""
-    stack: list[tuple[tuple[str, ...], Any, tuple[int, ...]]] = [((), tree, ())]
+    stack: list[tuple[tuple[Any, ...], Any, tuple[int, ...]]] = [((), tree, ())]
     while stack:
         path, node, parents = stack.pop()
-        children: Iterable[tuple[Any, Any]]
-        if isinstance(node, Mapping):
-            children = node.items()
-        elif isinstance(node, list | tuple | set | frozenset):
-            children = enumerate(node)
-        else:
-            yield Item(path[:-1], INSERTED.sub('', path[-1]) if path else '', node)
-            continue
-        if id(node) not in parents:
-            stack += reversed([((*path, str(name)), child, (*parents, id(node))) for name, child in children])
+        if not isinstance(node, Mapping | list | tuple | set | frozenset):
+            *container, name = map(str, path or ('',))
+            yield Item(tuple(container), INSERTED.sub('', name), node, path)
+        elif id(node) not in parents:
+            children = node.items() if isinstance(node, Mapping) else enumerate(node)
+            stack += reversed([((*path, name), child, (*parents, id(node))) for name, child in children])
 
 
 def of_flax(leaves: Iterable[Item]) -> Iterator[Item]:
     """big_vision's arrays by names with dots, not slashes; one for each block, where one array has them all."""
-    for container, name, value in leaves:
-        dotted = name.replace('/', '.')
-        if SCANNED.search(dotted) and isinstance(value, np.ndarray) and value.ndim and len(value) <= MOST_BLOCKS:
-            yield from (Item(container, SCANNED.sub(f'_{i}', dotted), block) for i, block in enumerate(value))
+    for leaf in leaves:
+        name, value = leaf.name.replace('/', '.'), leaf.value
+        if SCANNED.search(name) and isinstance(value, np.ndarray) and value.ndim and len(value) <= MOST_BLOCKS:
+            yield from (leaf._replace(name=SCANNED.sub(f'_{i}', name), value=block) for i, block in enumerate(value))
         else:
-            yield Item(container, dotted, value)
+            yield leaf._replace(name=name)
 
 
 def candidates(leaves: Iterable[Item], key: str | None, layouts: tuple[Layout, ...], *, head: bool) -> list[Candidate]:
@@ -172,7 +171,7 @@ def candidates(leaves: Iterable[Item], key: str | None, layouts: tuple[Layout, .
         of_training = leaf.name.rpartition('.')[2] in BOOKKEEPING or (in_flax and OF_TRAINING.match(leaf.name))
         if isinstance(leaf.value, np.ndarray) and not of_training:
             if leaf.name in state_dicts[leaf.container]:
-                raise ConversionError(f'Two tensors have the name {".".join((*leaf.container, leaf.name))!r}.')
+                raise ConversionError(f'Two tensors have the name {leaf.key!r}.')
             state_dicts[leaf.container][leaf.name] = leaf.value
     known = Counter(
         Place(container, beginning)
@@ -181,17 +180,13 @@ def candidates(leaves: Iterable[Item], key: str | None, layouts: tuple[Layout, .
         for beginning in beginnings(name, layouts)
     )
     likeliest = sorted(known, key=lambda place: (key is None or not _is_at(place, key), -known[place]))[:MOST_PLACES]
-    orders = {container: {name: i for i, name in enumerate(names)} for container, names in state_dicts.items()}
-    in_order = {container: sorted(names) for container, names in state_dicts.items()}
     tried: dict[Place, list[str]] = {}
     left = MOST_TIMES * sum(map(len, state_dicts.values()))
     for place in likeliest:
-        alike, size = in_order[place.container], len(place.beginning)
-        first = bisect_left(alike, place.beginning)
-        last = bisect_right(alike, place.beginning, first, key=itemgetter(slice(size)))
-        if last - first <= left:
-            tried[place] = sorted(alike[first:last], key=orders[place.container].__getitem__)
-            left -= last - first
+        names = [name for name in state_dicts[place.container] if name.startswith(place.beginning)]
+        if len(names) <= left:
+            tried[place] = names
+            left -= len(names)
     found: list[Candidate] = []
     for place in sorted(tried, key=lambda place: -len(place.beginning)):
         inside = tuple(
@@ -215,34 +210,23 @@ def _is_at(place: Place, key: str) -> bool:
 
 
 def distinct(found: Iterable[Candidate]) -> list[Candidate]:
-    """One of each group of equal candidates, bit for bit (so that NaN equals itself), the shortest address first.
-
-    Tensor by tensor, the smallest first: those that differ are soon parted, and the large ones of them are not read.
-    """
-    ordered = sorted(found, key=lambda candidate: len(candidate.place.address))
+    """One of each group of equal candidates, that of the shortest address."""
     different: list[Candidate] = []
-    for alike in parted(ordered, lambda candidate: (candidate.fit.layout.id, *sorted(candidate.fit.expected.items()))):
-        groups, tensors = [alike], alike[0].tensors
-        for name in sorted(alike[0].fit.names, key=lambda name: tensors[name].nbytes):
-            groups = [part for group in groups for part in parted(group, partial(fingerprint, name))]
-        different += [group[0] for group in groups]
-    return [candidate for candidate in ordered if any(candidate is first for first in different)]
+    for candidate in sorted(found, key=lambda candidate: len(candidate.place.address)):
+        if not any(equal(candidate, other) for other in different):
+            different.append(candidate)
+    return different
 
 
-def parted(group: list[Candidate], by: Callable[[Candidate], Any]) -> list[list[Candidate]]:
-    """The group in groups of those that have the same in common."""
-    if len(group) == 1:
-        return [group]
-    parts: dict[Any, list[Candidate]] = defaultdict(list)
-    for candidate in group:
-        parts[by(candidate)].append(candidate)
-    return list(parts.values())
-
-
-def fingerprint(name: str, candidate: Candidate) -> tuple[str, bytes]:
-    """The same for the same tensor, and for no other of its shape."""
-    tensor = candidate.tensors[name]
-    return str(tensor.dtype), hashlib.sha256(tensor.tobytes()).digest()
+def equal(one: Candidate, other: Candidate) -> bool:
+    """Bit for bit (so that NaN equals itself), the smallest tensor first: those that differ are soon parted."""
+    pairs = sorted(
+        ((one.tensors[name], other.tensors[name]) for name in one.fit.names & other.fit.names),
+        key=lambda pair: pair[0].nbytes,
+    )
+    return (one.fit.layout, one.fit.expected) == (other.fit.layout, other.fit.expected) and all(
+        mine.dtype == theirs.dtype and mine.tobytes() == theirs.tobytes() for mine, theirs in pairs
+    )
 
 
 def left_aside(leaves: Iterable[Item], model: Candidate, used: Iterable[str]) -> dict[str, str]:
@@ -281,61 +265,50 @@ def describe(values: list[Any]) -> str:
     return ' and '.join(f'{count} {what}{"s" if count > 1 else ""}' for count, what in counts if count)
 
 
-def nearest(found: list[Candidate]) -> Candidate:
-    """The candidate with the fewest problems, for its length."""
-    return min(found, key=lambda candidate: len(candidate.fit.different) / len(candidate.fit.names))
-
-
 def refusal(leaves: list[Item], found: list[Candidate], alone: Sequence[Candidate] = ()) -> str:
     """Why nothing here can be converted, and what to do; `alone`: the Transformers that are complete."""
-    shapes = {
-        '.'.join((*leaf.container, leaf.name)): leaf.value.shape
-        for leaf in leaves
-        if isinstance(leaf.value, np.ndarray)
-    }
-    objects = {'.'.join((*leaf.container, leaf.name)): leaf.value for leaf in leaves if isinstance(leaf.value, Foreign)}
-    for name, value in objects.items():
-        if (words := words_for(value.name)) and next(beginnings(name, layouts_of_all()), None) is not None:
-            return f'{name} is {words}'
+    shapes = {leaf.key: leaf.value.shape for leaf in leaves if isinstance(leaf.value, np.ndarray)}
+    objects = [leaf for leaf in leaves if isinstance(leaf.value, Foreign)]
+    for leaf in objects:
+        if (words := words_for(leaf.value.name)) and next(beginnings(leaf.key, layouts_of_all()), None) is not None:
+            return f'{leaf.key} is {words}'
     if not shapes and objects:
-        kinds = ', '.join(sorted({quote(value.name) for value in objects.values()})[:MOST_OBJECTS])
-        name = next(iter(objects))
+        kinds = ', '.join(sorted({quote(leaf.value.name) for leaf in objects})[:MOST_OBJECTS])
         return (
-            f'There are no tensors here, only objects of {kinds}, which are never unpickled. If {quote(name)} is a '
-            'model, save its state dict where its class is:\n'
+            f'There are no tensors here, only objects of {kinds}, which are never unpickled. If '
+            f'{quote(objects[0].key)} is a model, save its state dict where its class is:\n'
             "    checkpoint = torch.load('x.pt', map_location='cpu', weights_only=False)\n"
-            f"    torch.save(checkpoint{''.join(f'[{part!r}]' for part in name.split('.'))}.state_dict(), 'weights.pt')"
+            f"    torch.save(checkpoint{written(objects[0])}.state_dict(), 'weights.pt')"
         )
-    files = ['.'.join((*leaf.container, leaf.name)) for leaf in leaves if is_file(leaf.value)]
+    files = [leaf for leaf in leaves if isinstance(leaf.value, bytes) and leaf.value.startswith(FILES)]
     if not shapes and files:
-        keys = ''.join(f'[{part!r}]' for part in files[0].split('.'))
         return (
-            f'There are no tensors here, but {quote(files[0])} holds the bytes of a file. Write it, and convert that:\n'
+            f'There are no tensors here, but {quote(files[0].key)} holds the bytes of a file. Write it, and convert '
+            'that:\n'
             "    checkpoint = torch.load('x.pt', map_location='cpu', weights_only=False)\n"
-            f"    pathlib.Path('inner.pt').write_bytes(checkpoint{keys})"
+            f"    pathlib.Path('inner.pt').write_bytes(checkpoint{written(files[0])})"
         )
     hint = ''
     if alone:
         hint = f"\nA Transformer is complete here; part='transformer' converts it alone, for tokens. {_list(alone)}"
-    best = nearest(found) if found else None
-    if best and (reason := relative({name: tensor.shape for name, tensor in best.tensors.items()})):
+    best = min(found, key=lambda each: len(each.fit.different) / len(each.fit.names), default=None)
+    near = {name: tensor.shape for name, tensor in best.tensors.items()} if best else shapes
+    if reason := relative(near):
         return reason + hint
-    if best and (reason := refusal_of(best.tensors)):
-        return reason
-    if not (best and best.fit.advice) and (reason := relative(shapes)):
-        return reason + hint
-    if not best and (reason := refusal_of(shapes)):
+    if reason := refusal_of(near):
         return reason
     if not best:
         return f'This is not a {model_names()}. {_contents(leaves)}{hint}'
+    if not best.fit.advice and (reason := relative(shapes)):
+        return reason + hint
     where = f' at {best.place.key!r}' if best.place.key else ''
     advice = f'\n{best.fit.advice}' if best.fit.advice else hint
     return f'No layout fits. The nearest is {best.fit.layout}{where}; the difference:\n{best.fit.difference}{advice}'
 
 
-def is_file(value: Any) -> bool:
-    """Whether these are bytes that torch.save, or another pickle, begins with."""
-    return isinstance(value, bytes) and value.startswith((b'PK\3\4', b'\x80\2', b'\x80\3', b'\x80\4', b'\x80\5'))
+def written(leaf: Item) -> str:
+    """The keys that lead to it, as Python has them: "['models'][0]"."""
+    return ''.join(f'[{key!r}]' for key in leaf.keys)
 
 
 def _list(found: Sequence[Candidate]) -> str:
@@ -343,7 +316,7 @@ def _list(found: Sequence[Candidate]) -> str:
 
 
 def _contents(leaves: list[Item]) -> str:
-    names = ['.'.join((*leaf.container, leaf.name)) for leaf in leaves if isinstance(leaf.value, np.ndarray)]
+    names = [leaf.key for leaf in leaves if isinstance(leaf.value, np.ndarray)]
     more = f' and {len(names) - 5} more' if len(names) > 5 else ''
     shown = ', '.join(repr(name)[:100] for name in names[:5])
     return f'Its tensors are {shown}{more}.' if names else 'There are no tensors here.'

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import tarfile
@@ -24,7 +25,9 @@ import safetensors.torch
 import torch
 
 from convert.errors import ConversionError
-from convert.files.checkpoint import Checkpoint, Foreign, array, read
+from convert.files.checkpoint import Checkpoint, read
+from convert.files.pickle_reader import Foreign
+from convert.files.tensors import array
 from flax_vit.folders.whole_files import sha256
 from parity_tests.support.fuzz import Executed, archive, safetensors_file
 
@@ -58,6 +61,13 @@ def refusal(path: Path) -> str:
         read(path)
     assert str(path) in str(caught.value)
     return str(caught.value)
+
+
+def test_a_header_whose_length_looks_like_json(tmp_path: Path) -> None:
+    """Of safetensors, 31,520 bytes: the length is written as ' {'."""
+    header = json.dumps({'a': {'dtype': 'F32', 'shape': [1], 'data_offsets': [0, 4]}}).ljust(31_520).encode()
+    (tmp_path / 'x.safetensors').write_bytes(struct.pack('<Q', len(header)) + header + np.ones(1, '<f4').tobytes())
+    assert read(tmp_path / 'x.safetensors').tree['a'].tolist() == [1]
 
 
 def assert_mapped(found: np.ndarray) -> None:

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 from convert.errors import ConversionError
 from convert.files import pickle_reader
 from convert.files import zip_directory as zip_file
-from convert.files.checkpoint import Foreign, read
+from convert.files.checkpoint import read
+from convert.files.pickle_reader import Foreign
 from parity_tests.support.fuzz import Executed, archive, attempt, damaged_files, safetensors_file
 
 FILES = int(os.environ.get('FUZZ_FILES', '180'))
@@ -97,6 +98,8 @@ HOSTILE_PROGRAMS = {
     'deep tuple as a storage': pickled(b')' + b'\x85' * 50_000 + b'Q'),
     'a billion laughs': pickled(b')' + b'q\0h\0h\0\x87' * 90),
     'a billion laughs as a key': pickled(b'})' + b'q\0h\0h\0\x87' * 90, 1, b's'),
+    'a billion laughs as a class': pickled(b'cos\nsystem\n)' + b'q\0h\0h\0\x87' * 90 + b'R\x85)R'),
+    'a billion laughs as a storage': pickled(b'cos\nsystem\n)' + b'q\0h\0h\0\x87' * 90 + b'RQ'),
     'half a million marks': pickled(b'(' * 500_000, 5),
     'nothing to take': pickled(b'R'),
     'no end': pickled(b'}')[:-1],

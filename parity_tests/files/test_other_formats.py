@@ -20,7 +20,8 @@ from torch.package.package_exporter import PackageExporter
 from vit_pytorch.simple_vit import SimpleViT
 
 import convert
-from convert.files.checkpoint import Foreign, read
+from convert.files.checkpoint import read
+from convert.files.pickle_reader import Foreign
 from parity_tests.files.test_checkpoint import DTYPES, assert_mapped, bits_of, dtype_of, follow, random_tensor, refusal
 from parity_tests.support.pages import ROOT
 

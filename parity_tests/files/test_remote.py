@@ -194,7 +194,7 @@ def test_paths_stay_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         (Path(folder) / 'vit.safetensors').write_bytes(CONTENT)
     for source in ('owner/vit', 'http://host', '~/owner/vit', '~/owner/vit/vit.safetensors'):
         np.testing.assert_array_equal(read(source).tree['weight'], WEIGHTS)
-    for source in ('runs/vit.pt', 'owner/nothing', 'nothing', 'a/b/c'):
+    for source in ('runs/vit.pt', 'owner/nothing', 'nothing', 'a/b/c', '~nobody-of-this-name/vit.pt'):
         with pytest.raises(FileNotFoundError, match='No such file'):
             read(source)
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from flax_vit.simple_vit import posemb_sincos_2d
-from parity_tests.support.reference import QK_NORM, REGISTERS, perturbed
+from parity_tests.support.reference import perturbed
 
 FOLDER = Path(__file__).parent
 # All sizes differ that could be taken for each other. DeepViT's images are square.
@@ -52,8 +52,8 @@ GOLDEN: dict[str, tuple[str, ...]] = {
     'S1-1.2.9': ('1.2.9', 'SimpleViT'),
     'S2-1.4.0': ('1.4.0', 'SimpleViT'),
     'S3-1.4.1': ('1.4.1', 'SimpleViT'),
-    'S3R-1.5.0': ('1.5.0', 'SimpleViT', REGISTERS),
-    'S3Q-1.4.2': ('1.4.2', 'SimpleViT', QK_NORM),
+    'S3R-1.5.0': ('1.5.0', 'SimpleViT', 'simple_vit_with_register_tokens'),
+    'S3Q-1.4.2': ('1.4.2', 'SimpleViT', 'simple_vit_with_qk_norm'),
     'D0-0.9.0': ('0.9.0', 'DeepViT'),
     'D0-0.40.2': ('0.40.2', 'DeepViT'),
     'D1-1.4.2': ('1.4.2', 'DeepViT'),

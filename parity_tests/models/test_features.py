@@ -144,6 +144,19 @@ def test_blocks_that_are_not_there() -> None:
             features(model, variables, images, blocks=[0, block])
 
 
+@pytest.mark.usefixtures('unchecked')
+def test_maps_that_are_not_there_and_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model, variables, images = in_a_way('deep-mean', 'plain', torch.float32)
+    seen = features(model, variables, images, attention=True)
+    monkeypatch.setattr(DeepViT, 'MAPS', {'attention': ('attention_dropout', 'reattn_norm_1')})
+    for block, maps in features(model, variables, images, attention=True).attention.items():
+        both = np.concatenate([seen.attention[block], seen.reattention[block]], axis=1)
+        np.testing.assert_array_equal(maps, both)
+    monkeypatch.setattr(DeepViT, 'MAPS', {'attention': 'attention/dropout'})
+    with pytest.raises(ValueError, match="DeepViT: nothing is at 'attention/dropout', which MAPS names"):
+        features(model, variables, images, attention=True)
+
+
 class Wider(DeepViT):
     pass
 

@@ -43,8 +43,8 @@ DEEP = deep_vit(
 SIMPLE = simple_vit(
     image_size=(6, 15), patch_size=(3, 5), num_classes=7, dim=24, depth=1, heads=4, mlp_dim=11, dim_head=6, channels=2
 )
-SIMPLE_WITH_REGISTERS = replace(SIMPLE, fields={**SIMPLE.fields, 'num_register_tokens': 5}, file=REGISTERS)
-SIMPLE_WITH_QK_NORM = replace(SIMPLE, file=QK_NORM)
+SIMPLE_WITH_REGISTERS = replace(SIMPLE, fields={**SIMPLE.fields, 'num_register_tokens': 5}, torch_class=REGISTERS)
+SIMPLE_WITH_QK_NORM = replace(SIMPLE, torch_class=QK_NORM)
 VIT = vit(
     (6, 15), image_size=(6, 15), patch_size=(3, 5), num_classes=7, dim=24, depth=1, heads=4, mlp_dim=11, dim_head=6,
     channels=2, dropout=0.3, emb_dropout=0.2,

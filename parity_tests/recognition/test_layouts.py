@@ -21,7 +21,8 @@ from convert.architectures.architecture import Architecture, Layout
 from convert.proof.torch_side import TorchSide
 from convert.recognition.layouts import leaves, template
 from convert.recognition.unwrap import unwrap
-from flax_vit import DeepViT, SimpleViT, ViT
+from flax_vit import SimpleViT, ViT
+from flax_vit.architectures import MODELS
 from parity_tests.golden.make import FOLDER, GOLDEN, arguments_of
 from parity_tests.support.reference import FLOAT64_BOUND, relative_error
 
@@ -203,6 +204,12 @@ def test_a_release_that_did_not_write_this(release: str, words: str) -> None:
         convert.inspect(FOLDER / 'V1-0.6.5.pt', release=release)
 
 
+def test_a_release_may_leave_out_zeros() -> None:
+    """1.0 is 1.0.0: the first of S1's."""
+    inspection = convert.inspect(FOLDER / 'S1-1.2.4.pt', image_size=8, patch_size=4, release='1.0')
+    assert inspection.layout.id == 'S1'
+
+
 def test_a_class_token_before_1_4_goes_under_todays_names(float64: None) -> None:
     """Of the class token alone, the LayerNorm in the head computes what the final one does; of the mean it does not."""
     tensors, truth = golden('V5-1.2.9')
@@ -308,6 +315,12 @@ def test_renaming_goes_both_ways(layout: Layout) -> None:
     assert {re.sub(block, '#', name) for name in theirs} == template(layout).keys()
 
 
+def test_each_number_of_a_name_may_have_its_place_in_the_other() -> None:
+    theirs = Layout('', ViT, '', renames={'a.#.fns.#.fn.': 'b.#.fns_#.'})
+    assert theirs.to_today('a.3.fns.12.fn.weight') == 'b.3.fns_12.weight'
+    assert theirs.from_today('b.3.fns_12.weight') == 'a.3.fns.12.fn.weight'
+
+
 def test_a_missing_block_is_said_and_not_skipped() -> None:
     tensors, _ = golden('D2-1.4.3')
     gap = {name.replace('layers.1.', 'layers.2.'): tensor for name, tensor in tensors.items()}
@@ -321,7 +334,8 @@ def test_a_missing_block_is_said_and_not_skipped() -> None:
 
 def test_every_layout_has_a_golden_file_and_fields_of_its_model() -> None:
     assert {layout_of(name) for name in CONVERTED} == {layout.id for layout in OF_VIT_PYTORCH}
-    assert {layout.model for layout in OF_VIT_PYTORCH} == {SimpleViT, DeepViT, ViT}
+    theirs = {model for model in MODELS.values() if not hasattr(model, 'ORIGIN')}
+    assert {layout.model for layout in OF_VIT_PYTORCH} == theirs
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES, ids=lambda architecture: architecture.model.__name__)

@@ -20,7 +20,8 @@ import vit_pytorch
 import convert
 from convert import ConversionError, inspect
 from convert.architectures import ARCHITECTURES, layouts_of_all, model_names
-from convert.recognition.layouts import best_fit
+from convert.architectures.architecture import Layout
+from convert.recognition.layouts import best_fit, leaves
 from convert.recognition.live_module import ported
 from convert.recognition.relatives import RELATIVES, relative
 from parity_tests.support.reference import CONFIGURATIONS, pytorch
@@ -318,6 +319,12 @@ def test_a_relative_beside_a_model_does_not_hide_what_the_model_lacks() -> None:
     assert inspect(tensors | teacher).unwrapped.address == 'student'
     del tensors['student.linear_head.weight'], tensors['student.linear_head.bias']
     assert 'Only the head, linear_head, is missing' in refusal(tensors | teacher)
+
+
+@pytest.mark.parametrize('layout', layouts_of_all(), ids=lambda layout: layout.id)
+def test_what_is_converted_is_no_relative(layout: Layout) -> None:
+    """Else a model that lacks something would be called another."""
+    assert relative({name: (2,) * len(axes) for name, (_, axes) in leaves(layout, depth=2).items()}) is None
 
 
 @pytest.mark.parametrize('row', RELATIVES, ids=lambda row: row.what[:40])

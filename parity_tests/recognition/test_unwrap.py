@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax.core import FrozenDict
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -258,7 +259,10 @@ def test_a_file_inside_of_a_file_and_a_module_inside(tmp_path: Path, monkeypatch
     inner = module()
     content = io.BytesIO()
     torch.save(inner.state_dict(), content)
-    for tree, made in (({'run': {'model': content.getvalue()}}, 'inner.pt'), ({'run': {'model': inner}}, 'weights.pt')):
+    trees = [({'run': {'model': content.getvalue()}}, 'inner.pt'), ({'run': {'model': inner}}, 'weights.pt')]
+    trees += [({'run': [0, {'a.b': tree['run']['model']}]}, made) for tree, made in trees]
+    for tree, made in trees:
+        Path(made).unlink(missing_ok=True)
         torch.save(tree, 'x.pt')
         lines = [line.strip() for line in refusal('x.pt').split('\n') if line.startswith('    ')]
         exec('\n'.join(lines), {'torch': torch, 'pathlib': pathlib})
@@ -478,6 +482,13 @@ def test_averaged_and_raw_weights_are_never_mixed(raw: str, average: str) -> Non
     chosen = inspect(checkpoint, key=average)
     assert_same(chosen.tensors, other)
     assert chosen.unwrapped.left_aside == {raw: '30 tensors', 'epoch': '1'}
+
+
+def test_mappings_that_make_what_they_hold_when_they_are_asked() -> None:
+    """Flax's, for one: what is made and thrown away gives its id to the next."""
+    models = {name: module(seed=seed).state_dict() for seed, name in enumerate('abc')}
+    for name, tensors in models.items():
+        assert_same(inspect(FrozenDict(models), key=name).tensors, tensors)
 
 
 def test_averaged_weights_among_the_names_of_the_raw_ones() -> None:

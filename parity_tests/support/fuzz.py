@@ -42,8 +42,10 @@ from vit_pytorch.simple_vit import SimpleViT
 
 from convert import inspect
 from convert.errors import ConversionError
-from convert.files.checkpoint import Checkpoint, Foreign, array, read
+from convert.files.checkpoint import Checkpoint, read
+from convert.files.pickle_reader import Foreign
 from convert.files.pickled_values import EXPANDED
+from convert.files.tensors import array
 from convert.files.unpacking import UNPACKED
 
 MEMORY = 64 << 20  # what one small file may take, in bytes
