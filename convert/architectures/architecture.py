@@ -458,19 +458,22 @@ def image_of_patches(
     if patch_size.value is None:
         return {} if image_size else {'image_size': Field(None, 'unknown')}
     rows, columns = pair(patch_size.value)
+    side = math.isqrt(patches)
+    square = one_or_pair((side * rows, side * columns)) if side**2 == patches else None
     if image_size:
         height, width = pair(image_size.value)
         if height % rows or width % columns or (height // rows) * (width // columns) != patches:
+            told = f', such as images of {square} have' if square else ''
             raise ConversionError(
-                f'image_size={image_size.value!r} contradicts the weights: pos_embedding has {patches} patches, of '
-                f'{rows} x {columns}. For another size, convert the model as it is, save it, and read it again: '
+                f'image_size={image_size.value!r} contradicts the weights: pos_embedding has {patches} patches of '
+                f'{rows} x {columns}{told}. For another size, convert the model as it is, save it, and read it again: '
                 f'flax_vit.from_pretrained(folder, image_size={image_size.value!r}).'
             )
         return {}
-    side = math.isqrt(patches)
-    if side**2 == patches:
-        size = one_or_pair((side * rows, side * columns))
-        return {'image_size': Field(size, how, f'{side} x {side} patches of {patch_size.value}, if images are square')}
+    if square:
+        return {
+            'image_size': Field(square, how, f'{side} x {side} patches of {patch_size.value}, if images are square')
+        }
     choices = ', '.join(
         str((height * rows, patches // height * columns)) for height in range(1, patches + 1) if patches % height == 0
     )

@@ -166,7 +166,7 @@ def test_one_head_of_the_full_width_is_not_assumed_beside_a_projection() -> None
 
 
 def test_deep_vit_says_what_contradicts_its_positions(deep: torch.nn.Module) -> None:
-    with pytest.raises(ConversionError, match=r'image_size=12 .*2 x 2 patches of 4, which is 8'):
+    with pytest.raises(ConversionError, match=r'image_size=12 .*4 patches of 4 x 4, such as images of 8 have'):
         convert.from_torch(deep.state_dict(), **DEEP_FIELDS, image_size=12)
     state_dict = deep.state_dict()
     state_dict['pos_embedding'] = torch.zeros(1, 4, 16)

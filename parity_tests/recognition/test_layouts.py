@@ -206,8 +206,8 @@ def test_a_release_that_did_not_write_this(release: str, words: str) -> None:
 
 def test_a_release_may_leave_out_zeros() -> None:
     """1.0 is 1.0.0: the first of S1's."""
-    inspection = convert.inspect(FOLDER / 'S1-1.2.4.pt', image_size=8, patch_size=4, release='1.0')
-    assert inspection.layout.id == 'S1'
+    name = 'S1-1.2.4'
+    assert convert.inspect(FOLDER / f'{name}.pt', **fields_of(name), release='1.0').layout.id == 'S1'
 
 
 def test_a_class_token_before_1_4_goes_under_todays_names(float64: None) -> None:

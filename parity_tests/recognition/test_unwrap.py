@@ -259,7 +259,10 @@ def test_a_file_inside_of_a_file_and_a_module_inside(tmp_path: Path, monkeypatch
     inner = module()
     content = io.BytesIO()
     torch.save(inner.state_dict(), content)
-    trees = [({'run': {'model': content.getvalue()}}, 'inner.pt'), ({'run': {'model': inner}}, 'weights.pt')]
+    trees: list[tuple[Any, str]] = [
+        ({'run': {'model': content.getvalue()}}, 'inner.pt'),
+        ({'run': {'model': inner}}, 'weights.pt'),
+    ]
     trees += [({'run': [0, {'a.b': tree['run']['model']}]}, made) for tree, made in trees]
     for tree, made in trees:
         Path(made).unlink(missing_ok=True)
