@@ -22,9 +22,10 @@ MODELS: dict[str, type[Any]] = {
 }
 
 
-def field_names(model_class: type[nn.Module]) -> list[str]:
-    """The names of a model's own arguments."""
-    return [field.name for field in dataclasses.fields(model_class) if field.name not in {'parent', 'name'}]
+def defaults_of(model_class: type[nn.Module]) -> dict[str, Any]:
+    """A model's own arguments and their defaults, `dataclasses.MISSING` where there is none."""
+    fields = dataclasses.fields(model_class)
+    return {field.name: field.default for field in fields if field.name not in {'parent', 'name'}}
 
 
 def classes() -> dict[str, type[Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from flax_vit.folders.config import read_config
+from flax_vit.folders.config import origin, read_config
 from flax_vit.folders.hub import local_folder
 
 KEYS = ('resize', 'crop', 'interpolation', 'mean', 'std')
@@ -60,10 +60,10 @@ def preprocess(
 
 def kept_in(folder: str | os.PathLike[str]) -> Mapping[str, Any]:
     """What a folder's `config.json` tells of it. ValueError when it does not."""
-    source = read_config(local_folder(folder))['source']
-    if not isinstance(source, Mapping) or 'preprocessing' not in source:
+    facts, _ = origin(read_config(local_folder(folder)))
+    if 'preprocessing' not in facts:
         raise ValueError(
             f'{folder} does not say how its training prepared pictures: do it as it did, or give the figures, '
             f'{{{", ".join(f"{key!r}: …" for key in KEYS)}}}.'
         )
-    return source['preprocessing']
+    return facts['preprocessing']

@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -20,6 +20,17 @@ from flax_vit.looking import modules
 
 IDENTITY = 'torch.nn.modules.linear.Identity'
 MOST_SHOWN = 4  # of rates that differ
+FOLLOWS: Mapping[str, Callable[[Any], int]] = {  # what axes hold that is no field of a model
+    '1': lambda model: 1,
+    'channels x patch area': lambda model: model.channels * math.prod(pair(model.patch_size)),
+    'dim_head': lambda model: getattr(model, 'dim_head', model.dim // model.heads),
+    'heads x dim_head': lambda model: model.heads * model.dim_head,
+    'patches': lambda model: math.prod(grid_of(model)),
+    'patch height': lambda model: pair(model.patch_size)[0],
+    'patch width': lambda model: pair(model.patch_size)[1],
+    'half of it': lambda model: pair(model.patch_size)[0] // 2,
+    'half its width': lambda model: pair(model.patch_size)[1] // 2,
+}
 _RANGE = re.compile(r'(?P<first>[\d.]+)(?: to (?P<last>[\d.]+)|(?P<later> and later))?')
 _NUMBER = re.compile(
     r'(?:(?<=\blayers\.)|(?<=encoder_)|(?<=encoderblock_)|(?<=\bblocks\.))\d+(?=\.)'
@@ -45,12 +56,13 @@ class Layout:
     fields: Mapping[str, Any] = field(default_factory=dict)  # of the model, where they are not its defaults
     renames: Mapping[str, str] = field(default_factory=dict)  # beginnings of its names -> of the Flax model's
     batched: frozenset[str] = frozenset()  # the Flax model's names of what has an axis more here, 1, in front
+    of: str = ''  # 'the ViT of ' where it is the Transformer of one
     source: str = 'vit-pytorch'
     mark: str = ''  # in a name that the others have not; where it is in none, this layout need not be tried
     flax: bool = False  # whether it is Flax that wrote it: a Dense's `kernel` (in, out), a norm's `scale`
 
     def __str__(self) -> str:
-        return f'{self.model.__name__} of {self.source} {self.releases}'
+        return f'{self.model.__name__} of {self.of}{self.source} {self.releases}'
 
     def to_today(self, name: str) -> str:
         """The Flax model's PyTorch name of what this layout calls `name`."""
@@ -252,17 +264,9 @@ class Architecture:
         return {}
 
     def quantities(self, model: Any) -> dict[str, int]:
-        """What the axes are made of, for a model."""
-        return {
-            '1': 1,
-            'heads': model.heads,
-            'channels x patch area': model.channels * math.prod(pair(model.patch_size)),
-            'dim': model.dim,
-            'patches': math.prod(grid_of(model)),
-            'mlp_dim': model.mlp_dim,
-            'num_classes': model.num_classes,
-            'heads x dim_head': model.heads * model.dim_head,
-        }
+        """What the axes are made of, for a model: its fields, and what follows from them."""
+        names = {axis.quantity for axis in self.axes}
+        return {name: FOLLOWS[name](model) if name in FOLLOWS else getattr(model, name) for name in names}
 
     def told_by_tables(self, tables: Mapping[str, np.ndarray]) -> dict[str, int]:
         """The sizes of quantities that computed tensors tell. Raises ConversionError when they are not as computed."""
@@ -333,19 +337,19 @@ class Architecture:
         """PyTorch's Transformer of today, changed where `model` computes what an older release did."""
         return transformer
 
-    def block_parts(self, block: int) -> dict[str, str]:
-        """Those of one block."""
+    def block_parts(self, model: Any) -> dict[str, str]:
+        """What is compared in the blocks, see `parts`."""
         return {
-            f'{self.blocks}.{block}.0': f'block {block} attention',
-            f'{self.blocks}.{block}.1': f'block {block} feed-forward',
+            f'{self.blocks}.{block}.{half}': f'block {block} {what}'
+            for block in range(model.depth)
+            for half, what in enumerate(('attention', 'feed-forward'))
         }
 
     def parts(self, model: Any) -> dict[str, str]:
         """What is compared, in the order of the computation: PyTorch's names of modules, and what they are."""
-        parts = {f'to_patch_embedding.{3 if getattr(model, "patch_norm", True) else 1}': 'patch embedding'}
-        for block in range(model.depth):
-            parts |= self.block_parts(block)
-        return parts | {'to_latent': 'pooled features', '': 'logits' if model.num_classes else 'features'}
+        first = {f'to_patch_embedding.{3 if getattr(model, "patch_norm", True) else 1}': 'patch embedding'}
+        last = {'to_latent': 'pooled features', '': 'logits' if model.num_classes else 'features'}
+        return first | self.block_parts(model) | last
 
     def maps_of_block(self, model: Any, block: int) -> tuple[AttentionMap, ...]:
         """Its attention maps: unless told otherwise, PyTorch's modules have the names in the model's MAPS."""
@@ -363,10 +367,6 @@ class Architecture:
     def table(self, model: Any) -> ComputedTable | None:
         """How far positions that are no parameters are from what they should be, and how far they may be."""
         return None
-
-    def table_and_mistakes(self, model: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """The port's such positions, the exact ones, and wrong ones by the words for it."""
-        raise NotImplementedError
 
     def alternatives(self, model: Any) -> Iterator[dict[str, Any]]:
         """Other values of the fields that weights can't tell, which take the same weights."""

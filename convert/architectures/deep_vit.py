@@ -16,7 +16,7 @@ from convert.architectures.architecture import (
     image_of_patches,
     prenorm,
 )
-from convert.architectures.way import Mistake, Way, class_token_mistakes
+from convert.architectures.way import Mistake, Way
 from convert.errors import ConversionError
 from flax_vit.deep_vit import DeepViT
 
@@ -42,15 +42,15 @@ class DeepViTWay(Way):
         last = np.moveaxis(attn, self.reattention_axis, -1)
         return np.moveaxis(self.norm(last, f'{name}.reattn_norm.1'), -1, self.reattention_axis)
 
-    def mistakes_of_heads(self, part: str, inner_dim: int, tokens: int) -> Iterator[Mistake]:
-        identity = {f'{part}.reattn_weights': np.eye(self.heads)}
+    def own_mistakes(self, part: str, tokens: int) -> Iterator[Mistake]:
+        mix = f'{part}.reattn_weights'
+        if mix not in self.tensors:
+            return
+        identity = {mix: np.eye(self.heads)}
         yield Mistake('without re-attention', {'left_out': frozenset({'re-attention'})})
         yield Mistake('without the mixing of heads, but with its LayerNorm', tensors=identity)
         for axis, called in {1: 'queries', 2: 'keys'}.items() if tokens == self.heads else ():
             yield Mistake(f'with re-attention normalised over {called} instead of heads', {'reattention_axis': axis})
-
-    def position_mistakes(self) -> dict[str, np.ndarray]:
-        return super().position_mistakes() | class_token_mistakes(self.tensors['pos_embedding'])
 
 
 class DeepViTArchitecture(Architecture):

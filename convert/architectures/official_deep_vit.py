@@ -18,7 +18,7 @@ from convert.architectures.architecture import (
     patch_of_kernel,
     prepared,
 )
-from convert.architectures.way import Mistake, Way, class_token_mistakes
+from convert.architectures.way import Mistake, Way
 from flax_vit.checks import pair
 from flax_vit.official_deep_vit import BATCH_NORM_EPSILON, STEM, VARIANTS, OfficialDeepViT
 
@@ -92,31 +92,24 @@ class OfficialDeepViTWay(Way):
                 found[name] = tensor if is_stem else rearrange(tensor, 'dim c h w -> dim (h w c)')
         return found
 
-    def position_mistakes(self) -> dict[str, np.ndarray]:
-        return super().position_mistakes() | class_token_mistakes(self.tensors['pos_embedding'])
-
-    def mistakes_of_heads(self, part: str, inner_dim: int, tokens: int) -> Iterator[Mistake]:
+    def own_mistakes(self, part: str, tokens: int) -> Iterator[Mistake]:
+        of_the_batch = 'with the statistics of the batch in BatchNorm (train=True?)', {'statistics_of': 'batch'}
         mix = f'{part}.reatten_matrix'
-        if f'{mix}.weight' not in self.tensors:
-            yield from super().mistakes_of_heads(part, inner_dim, tokens)
-            return
-        identity = {f'{mix}.weight': np.eye(self.heads), f'{mix}.bias': np.zeros(self.heads)}
-        yield Mistake('without re-attention', {'left_out': frozenset({'re-attention'})})
-        yield Mistake('without the mixing of heads, but with its BatchNorm', tensors=identity)
-        yield Mistake('with the statistics of the batch in BatchNorm (train=True?)', {'statistics_of': 'batch'})
-        for after, words in {1.0: 'without a scale', self.scale or 1.0: 'with the scale of queries x keys'}.items():
-            if after != self.after:
-                yield Mistake(f'{words} after re-attention (transform_scale)', {'after': after})
-
-    def branch_mistakes(self, part: str) -> Iterator[Mistake]:
-        for adjustment in {1.0, 0.5} - {self.adjustment}:
+        if part == 'to_patch_embedding.8':
+            yield Mistake("padded as 'SAME' instead of by 3 on every side", {'padding': 'SAME'})
+            yield Mistake(*of_the_batch)
+        elif f'{mix}.weight' in self.tensors:
+            identity = {f'{mix}.weight': np.eye(self.heads), f'{mix}.bias': np.zeros(self.heads)}
+            yield Mistake('without re-attention', {'left_out': frozenset({'re-attention'})})
+            yield Mistake('without the mixing of heads, but with its BatchNorm', tensors=identity)
+            yield Mistake(*of_the_batch)
+            for after, words in {1.0: 'without a scale', self.scale or 1.0: 'with the scale of queries x keys'}.items():
+                if after != self.after:
+                    yield Mistake(f'{words} after re-attention (transform_scale)', {'after': after})
+        else:
+            yield from super().own_mistakes(part, tokens)
+        for adjustment in {1.0, 0.5} - {self.adjustment} if part.startswith('transformer.layers') else ():
             yield Mistake(f'with scale_adjustment={adjustment}', {'adjustment': adjustment})
-
-    def stem_mistakes(self) -> Iterator[Mistake]:
-        if not self.model.cnn_stem:
-            return
-        yield Mistake("padded as 'SAME' instead of by 3 on every side", {'padding': 'SAME'})
-        yield Mistake('with the statistics of the batch in BatchNorm (train=True?)', {'statistics_of': 'batch'})
 
     def patch_embedding(self, image: np.ndarray) -> np.ndarray:
         if not self.model.cnn_stem:
@@ -212,14 +205,6 @@ class OfficialDeepViTArchitecture(Architecture):
             for name, model in models.items()
         }
 
-    def quantities(self, model: Any) -> dict[str, int]:
-        height, width = pair(model.patch_size)
-        names = ('channels', 'heads', 'dim', 'mlp_dim', 'num_classes')
-        (rows, columns) = (pair(model.image_size)[0] // height, pair(model.image_size)[1] // width)
-        sizes = {'1': 1, 'patch height': height, 'patch width': width, 'patches': rows * columns}
-        halves = {'half of it': height // 2, 'half its width': width // 2}
-        return sizes | halves | {name: getattr(model, name) for name in names}
-
     def told_by_names(self, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         blocks = (re.fullmatch(r'blocks\.(\d+)\.attn\.reatten_matrix\.weight', name) for name in shapes)
         return {
@@ -276,7 +261,4 @@ class OfficialDeepViTArchitecture(Architecture):
         return {f'to_patch_embedding.{8 if model.cnn_stem else 1}': first[1], **dict(others)}
 
     def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
-        names = ('num_classes', 'dim', 'depth', 'heads', 'mlp_dim', 'channels', 'cnn_stem', 'reattention', 'qkv_bias')
-        fields = {name: getattr(model, name) for name in (*names, *UNTOLD, *self.assumed)}
-        patches = self.quantities(model)['patches']
-        return self.torch_class(model)(patches=patches, patch_size=pair(model.patch_size), **fields)
+        return self.torch_class(model)(model)

@@ -18,7 +18,6 @@ from convert.architectures.architecture import (
 )
 from convert.architectures.simple_vit import exact_table, table_limit, table_mistakes
 from convert.architectures.way import Mistake, Way
-from flax_vit.checks import pair
 from flax_vit.official_simple_vit import EPSILON, OfficialSimpleViT
 
 PUBLISHED = 224  # pixels
@@ -70,15 +69,12 @@ class OfficialSimpleViTWay(Way):
                 found[f'{part}out.weight'] = rearrange(found[f'{part}out.weight'], 'dim d h -> dim (h d)')
         return found
 
-    @classmethod
-    def owned(cls, model: Any, part: str) -> tuple[str, ...]:
-        return (*super().owned(model, part), *(['pre_logits.'] if part == '' else []))
-
     def position_mistakes(self) -> dict[str, np.ndarray]:
         return table_mistakes(self.model, self.tensors['pos_embedding'])
 
-    def head_mistakes(self) -> Iterator[Mistake]:
-        if self.model.rep_size:
+    def own_mistakes(self, part: str, tokens: int) -> Iterator[Mistake]:
+        yield from super().own_mistakes(part, tokens)
+        if part == '' and self.model.rep_size:
             yield Mistake('without the tanh after pre_logits', {'left_out': frozenset({'tanh'})})
 
     def logits(self, x: np.ndarray) -> np.ndarray:
@@ -97,22 +93,9 @@ class OfficialSimpleViTArchitecture(Architecture):
         _layout('G1', 'since 23 June 2022', _names('0', '1', '0')),
         _layout('G0', 'before 23 June 2022, as the published weights', _names('1', '2', '3')),
     )
-    axes = tuple(
-        map(
-            Axis,
-            (
-                '1',
-                'patch height',
-                'patch width',
-                'channels',
-                'heads',
-                'dim_head',
-                'dim',
-                'mlp_dim',
-                'num_classes',
-                'rep_size',
-            ),
-        )
+    axes = (
+        *map(Axis, ('1', 'patch height', 'patch width', 'channels', 'heads', 'dim_head')),
+        *map(Axis, ('dim', 'mlp_dim', 'num_classes', 'rep_size')),
     )
     probe: Mapping[str, Any] = {
         'image_size': (14, 33),
@@ -126,12 +109,6 @@ class OfficialSimpleViTArchitecture(Architecture):
     }
     way = OfficialSimpleViTWay
     truth = 'big_vision'
-
-    def quantities(self, model: Any) -> dict[str, int]:
-        height, width = pair(model.patch_size)
-        names = ('channels', 'heads', 'dim', 'mlp_dim', 'num_classes', 'rep_size')
-        sizes = {'1': 1, 'patch height': height, 'patch width': width, 'dim_head': model.dim // model.heads}
-        return sizes | {name: getattr(model, name) for name in names}
 
     def told_by_names(self, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         return {} if 'pre_logits.kernel' in shapes else {'rep_size': 0}
@@ -152,17 +129,9 @@ class OfficialSimpleViTArchitecture(Architecture):
         return prepared(model, 256, 'area') if model.image_size == PUBLISHED else None
 
     def torch_module(self, model: Any, arguments: Mapping[str, Any]) -> Any:
-        import torch
-
-        given = {name: value for name, value in arguments.items() if name != 'image_size'}
-        given |= {'patch_size': pair(model.patch_size)}
-        return self.torch_class(model)(torch.from_numpy(model.pos_embedding()), **given)
+        return self.torch_class(model)(model)
 
     def table(self, model: Any) -> ComputedTable:
         """The largest difference of the port's sincos table from the exact one, and what it may be."""
         difference = np.abs(exact_table(model) - model.pos_embedding()).max()
         return ComputedTable(float(difference), table_limit(model), 'the exact one')
-
-    def table_and_mistakes(self, model: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        exact = exact_table(model)
-        return model.pos_embedding(), exact, table_mistakes(model, exact)

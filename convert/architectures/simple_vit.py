@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from einops import rearrange
 
 from convert.architectures.architecture import (
     Architecture,
@@ -73,7 +72,8 @@ class RegistersWay(SimpleViTWay):
     def pools(self, x: np.ndarray) -> dict[str, np.ndarray]:
         return {**super().pools(x), 'patches': x[: len(self.tensors['pos_embedding'])]}
 
-    def branch_mistakes(self, part: str) -> Iterator[Mistake]:
+    def own_mistakes(self, part: str, tokens: int) -> Iterator[Mistake]:
+        yield from super().own_mistakes(part, tokens)
         if part == 'transformer.layers.0.0':
             yield Mistake('with the register tokens first instead of last', {'registers': 'first'})
 
@@ -95,11 +95,8 @@ class QKNormWay(SimpleViTWay):
     def logits(self, x: np.ndarray) -> np.ndarray:
         return self.norm(x, self.model.HEAD) if self.model.num_classes else x
 
-    def mistakes_of_heads(self, part: str, inner_dim: int, tokens: int) -> Iterator[Mistake]:
-        """The gammas tell how many there are."""
-        yield from ()
-
-    def branch_mistakes(self, part: str) -> Iterator[Mistake]:
+    def own_mistakes(self, part: str, tokens: int) -> Iterator[Mistake]:
+        """How many heads there are, the gammas tell."""
         if part.endswith('.0'):
             called, dim_head = 'queries and keys', self.model.dim_head
             yield Mistake(f'without the normalisation of {called}', {'left_out': frozenset({'qk_norm'})})
@@ -150,10 +147,6 @@ class SimpleViTArchitecture(Architecture):
     def fields_of_probe(self, told: Mapping[str, Any], depth: int) -> dict[str, Any]:
         fields = super().fields_of_probe(told, depth)
         return fields | ({'num_classes': fields['dim']} if fields.get('qk_norm') else {})
-
-    def quantities(self, model: Any) -> dict[str, int]:
-        names = 'dim_head', 'num_register_tokens'
-        return super().quantities(model) | {name: getattr(model, name) for name in names}
 
     def told_by_sizes(
         self, fields: Mapping[str, Field], sizes: Mapping[str, int], defaults: Mapping[str, Any]
@@ -210,10 +203,6 @@ class SimpleViTArchitecture(Architecture):
         difference = np.abs(theirs(*model.grid, model.dim).numpy() - model.pos_embedding()).max()
         return ComputedTable(float(difference), table_limit(model), "PyTorch's own on this machine")
 
-    def table_and_mistakes(self, model: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        exact = exact_table(model)
-        return model.pos_embedding(), exact, table_mistakes(model, exact)
-
     def alternatives(self, model: Any) -> Iterator[dict[str, Any]]:
         yield from () if model.qk_norm else other_heads(model)
 
@@ -241,36 +230,27 @@ def table_limit(model: Any) -> float:
     return (2 * max(model.grid) + 1) * 2.0**-23
 
 
-def exact_table(model: Any) -> np.ndarray:
-    """The model's sincos table (tokens, dim) in float64."""
-    quarter = model.dim // 4
-    height, width = model.grid
-    return sincos(height, width, quarter, quarter - 1)
+def exact_table(model: Any, steps: int | None = None) -> np.ndarray:
+    """The model's sincos table (tokens, dim) in float64; `steps` of the frequencies where they are others."""
+    (height, width), quarter = model.grid, model.dim // 4
+    y, x = (axis.reshape(-1, 1) for axis in np.mgrid[:height, :width])
+    omega = 10_000.0 ** -(np.arange(quarter) / (steps or quarter - 1))
+    return np.concatenate([function(angle * omega) for angle in (x, y) for function in (np.sin, np.cos)], axis=1)
 
 
 def table_mistakes(model: Any, right: np.ndarray) -> dict[str, np.ndarray]:
     """Sincos tables that are wrong, by the words for it."""
-    height, width = model.grid
-    quarter = model.dim // 4
-    axes = 'n (side function frequency)'
-    sizes = {'side': 2, 'function': 2}
     exact = exact_table(model)
-    return {
+    halves = right.reshape(len(right), 2, -1)  # of x, of y
+    quarters = right.reshape(len(right), 2, 2, -1)  # and of these, sines, cosines
+    wrong = {
         'without positions': np.zeros_like(right),
-        'with the axes of the sincos table swapped (y before x)': np.roll(right, 2 * quarter, axis=1),
-        'with cosines before sines': rearrange(right, f'{axes} -> n side function frequency', **sizes)[
-            :, :, ::-1
-        ].reshape(right.shape),
-        'with sines and cosines in turn': rearrange(right, f'{axes} -> n (side frequency function)', **sizes),
-        'with the sincos table column by column': rearrange(right, '(h w) d -> (w h) d', h=height),
-        'with frequencies of steps 4 / dim instead of 1 / (dim / 4 - 1)': sincos(height, width, quarter, quarter),
+        'with the axes of the sincos table swapped (y before x)': halves[:, ::-1],
+        'with cosines before sines': quarters[:, :, ::-1],
+        'with sines and cosines in turn': quarters.swapaxes(2, 3),
+        'with the sincos table column by column': right.reshape(*model.grid, -1).swapaxes(0, 1),
+        'with frequencies of steps 4 / dim instead of 1 / (dim / 4 - 1)': exact_table(model, steps=model.dim // 4),
         'with the sincos table computed in float64': exact,
         'with the sincos table computed in float64, then rounded': exact.astype(np.float32).astype(np.float64),
     }
-
-
-def sincos(height: int, width: int, quarter: int, steps: int) -> np.ndarray:
-    """The sincos table (tokens, dim) in float64, with `quarter` frequencies."""
-    y, x = (axis.reshape(-1, 1) for axis in np.mgrid[:height, :width])
-    omega = 10_000.0 ** -(np.arange(quarter) / steps)
-    return np.concatenate([function(angle * omega) for angle in (x, y) for function in (np.sin, np.cos)], axis=1)
+    return {words: table.reshape(right.shape) for words, table in wrong.items()}

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from convert.architectures.architecture import (
@@ -14,19 +13,10 @@ from convert.architectures.architecture import (
     first_attention,
     heads_of,
 )
+from flax_vit.architectures import defaults_of
 from flax_vit.checks import COMPUTATION
 
 BEGINNING = 'transformer.'  # of its names in the whole
-
-
-@dataclass(frozen=True, eq=False)
-class TransformerLayout(Layout):
-    """The names in it that a range of releases gave."""
-
-    whole: str = ''  # the name of the model that it is of
-
-    def __str__(self) -> str:
-        return f'Transformer of the {self.whole} of vit-pytorch {self.releases}'
 
 
 class TransformerArchitecture(Architecture):
@@ -50,17 +40,13 @@ class TransformerArchitecture(Architecture):
 
     def own_fields(self) -> dict[str, Any]:
         """The fields that have a default and say what is computed."""
-        computation = COMPUTATION | {'parent', 'name', 'param_dtype'}
-        return {
-            field.name: field.default
-            for field in dataclasses.fields(self.model)
-            if field.default is not dataclasses.MISSING and field.name not in computation
-        }
+        defaults = {name: each for name, each in defaults_of(self.model).items() if each is not dataclasses.MISSING}
+        return {name: each for name, each in defaults.items() if name not in COMPUTATION | {'param_dtype'}}
 
-    def layout_alone(self, layout: Layout) -> TransformerLayout:
+    def layout_alone(self, layout: Layout) -> Layout:
         """What becomes of a layout of the whole."""
         whole = layout.model(**self.whole.fields_of_probe(layout.fields, 1))
-        alone, of_whole = whole.transformer_alone(), {field.name for field in dataclasses.fields(whole)}
+        alone, of_whole = whole.transformer_alone(), defaults_of(layout.model)
         fields = {
             name: value
             for name, default in self.own_fields().items()
@@ -71,8 +57,8 @@ class TransformerArchitecture(Architecture):
             for theirs, ours in layout.renames.items()
             if ours.startswith(BEGINNING)
         }
-        name = self.whole.model.__name__
-        return TransformerLayout(layout.id, self.model, layout.releases, fields, renames, whole=name)
+        of = f'the {self.whole.model.__name__} of '
+        return Layout(layout.id, self.model, layout.releases, fields, renames, of=of)
 
     def today(self, model: Any) -> dict[str, Any]:
         follow = [name for name, default in self.own_fields().items() if default is None]  # from the other fields
@@ -82,16 +68,6 @@ class TransformerArchitecture(Architecture):
     def told_by_names(self, layout: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         told = self.whole.told_by_names(layout, shapes)
         return {name: value for name, value in told.items() if name in {**self.probe, **self.own_fields()}}
-
-    def quantities(self, model: Any) -> dict[str, int]:
-        return {
-            '1': 1,
-            'heads': model.heads,
-            'dim_head': model.dim_head,
-            'dim': model.dim,
-            'mlp_dim': model.mlp_dim,
-            'heads x dim_head': model.heads * model.dim_head,
-        }
 
     def told_by_sizes(
         self, fields: Mapping[str, Field], sizes: Mapping[str, int], defaults: Mapping[str, Any]
@@ -119,7 +95,4 @@ class TransformerArchitecture(Architecture):
         return self.whole.maps_of_block(model, block)
 
     def parts(self, model: Any) -> dict[str, str]:
-        parts: dict[str, str] = {}
-        for block in range(model.depth):
-            parts |= self.block_parts(block)
-        return parts | {'': 'tokens'}
+        return self.block_parts(model) | {'': 'tokens'}

@@ -19,7 +19,7 @@ from convert.architectures.architecture import (
     prenorm,
     unknown_heads,
 )
-from convert.architectures.way import ACTIVATIONS, Way, class_token_mistakes
+from convert.architectures.way import ACTIVATIONS, Way
 from flax_vit.vit import ViT
 
 # What releases computed differently from today's.
@@ -64,10 +64,6 @@ class ViTWay(Way):
         *norm, hidden, last = (f'{self.model.HEAD}.{place}' for place in (0, 1, 4))
         x = ACTIVATIONS[self.activation](self.linear(self.norm(x, norm[0]), hidden))
         return self.linear(x, last)
-
-    def position_mistakes(self) -> dict[str, np.ndarray]:
-        mistakes = class_token_mistakes(self.tensors['pos_embedding']) if self.model.class_token else {}
-        return super().position_mistakes() | mistakes
 
 
 class ViTArchitecture(Architecture):

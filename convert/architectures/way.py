@@ -96,7 +96,7 @@ class Way:
         if part.startswith('to_patch_embedding'):
             return ('to_patch_embedding.',)
         positions = ADDED if part == 'transformer.layers.0.0' else ()
-        ends = {'to_latent': ('transformer.norm.',), '': (f'{model.HEAD}.',)}
+        ends = {'to_latent': ('transformer.norm.',), '': (f'{model.HEAD}.', 'pre_logits.')}
         return ends.get(part, (f'{part}.', *positions))
 
     @classmethod
@@ -108,27 +108,30 @@ class Way:
         exact = {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items() if name.startswith(needed)}
         return cls.right(model, cls.in_matrices(exact))
 
-    def mistakes_of_heads(self, part: str, inner_dim: int, tokens: int) -> Iterator['Mistake']:
-        """What the number of heads may be by mistake, and what is done with them."""
+    def own_mistakes(self, part: str, tokens: int) -> Iterator['Mistake']:
+        """What may be done by mistake in this kind of model; if nothing tells how many heads it has, also that."""
+        inner_dim = len(self.tensors.get(f'{part}.to_qkv.weight', ())) // 3
         for heads in range(1, inner_dim + 1):
             if inner_dim % heads == 0 and heads != self.heads and heads * tokens**2 <= MAPS:
                 yield Mistake(f'if heads={heads} instead of {self.heads}', {'heads': heads})
 
+    @property
+    def has_class_token(self) -> bool:
+        """Whether one is there: where PyTorch's is empty, none is."""
+        return 'cls_token' in self.tensors and self.tensors['cls_token'].size > 0
+
     def position_mistakes(self) -> dict[str, np.ndarray]:
-        """Position tables that are wrong, by the words for it."""
-        return {'without positions': np.zeros_like(self.tensors['pos_embedding'])}
-
-    def branch_mistakes(self, part: str) -> Iterator['Mistake']:
-        """What may be done by mistake in an attention or a feed-forward of this kind of model alone."""
-        yield from ()
-
-    def head_mistakes(self) -> Iterator['Mistake']:
-        """What may be done by mistake between pooling and logits."""
-        yield from ()
-
-    def stem_mistakes(self) -> Iterator['Mistake']:
-        """What may be done by mistake in a stem that does not cut images into patches at first."""
-        yield from ()
+        """Positions (…, tokens, dim) that are wrong, by the words for it; the first is the class token's."""
+        right = self.tensors['pos_embedding']
+        wrong = {'without positions': np.zeros_like(right)}
+        if self.has_class_token:
+            first, others = right[..., :1, :], right[..., 1:, :]
+            wrong |= {
+                'if the class token takes the last position': np.roll(right, 1, axis=-2),
+                "if the patches start at the class token's position": np.roll(right, -1, axis=-2),
+                'if the class token gets no position': np.concatenate([0 * first, others], axis=-2),
+            }
+        return wrong
 
     def compute(self, part: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """The output of the part that PyTorch calls so; `inputs` as `part_inputs` gives them."""
@@ -258,15 +261,6 @@ class Mistake:
     def and_also(self, other: 'Mistake') -> 'Mistake':
         words = f'{self.words} and {other.words}'
         return Mistake(words, {**self.fields, **other.fields}, {**self.tensors, **other.tensors})
-
-
-def class_token_mistakes(right: np.ndarray) -> dict[str, np.ndarray]:
-    """Learned positions (…, tokens, dim) read wrongly, by the words for it; the first is the class token's."""
-    return {
-        'if the class token takes the last position': np.roll(right, 1, axis=-2),
-        "if the patches start at the class token's position": np.roll(right, -1, axis=-2),
-        'if the class token gets no position': np.concatenate([0 * right[..., :1, :], right[..., 1:, :]], axis=-2),
-    }
 
 
 def part_inputs(way: Way, image: np.ndarray, outputs: Mapping[str, np.ndarray], part: str) -> list[np.ndarray]:

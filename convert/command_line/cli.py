@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
+from click import get_current_context
 from click.core import ParameterSource
 from click.exceptions import Exit
 from click.shell_completion import shell_complete
@@ -15,7 +16,7 @@ from rich.markup import escape
 
 from convert.caches import keep_compiled
 from convert.command_line.console import err, let_go, print_anything, print_json, show_facts, working
-from convert.command_line.options import EVERYWHERE, model_options, size
+from convert.command_line.options import EVERYWHERE, MODEL, size
 from flax_vit import __version__
 
 RIGHT, WRONG, BAD_INPUT, UNFORESEEN = 0, 1, 2, 3
@@ -55,21 +56,24 @@ def cli() -> None:
 
 
 def work() -> Any:
-    """What the commands do, with JAX and all."""
+    """What the commands do, with JAX and all; in its 64-bit mode, so that float64 weights keep their bits."""
     with working('Starting JAX'):
+        import jax
+
         from convert.command_line import commands
+    get_current_context().with_resource(jax.enable_x64(True))
     return commands
 
 
 @cli.command(
     'inspect',
+    params=[*MODEL],
     epilog=examples(
         'flax-vit inspect simple_vit.pt',
         'flax-vit inspect vit.pt --heads 2 --json',
     ),
 )
 @click.argument('source', metavar='CHECKPOINT', type=SOURCE)
-@model_options
 @click.option('--json', 'as_json', is_flag=True, help='Print everything as JSON, and nothing else.')
 def inspect_command(**arguments: Any) -> None:
     """Say what CHECKPOINT is, how each tensor would be converted, and by which command. Nothing is written.
@@ -82,6 +86,7 @@ def inspect_command(**arguments: Any) -> None:
 
 @cli.command(
     'convert',
+    params=[*MODEL],
     epilog=examples(
         'flax-vit convert deep_vit.pt digits --channels 1',
         'flax-vit convert vit.pt proven --channels 1 --heads 2 --verify',
@@ -89,7 +94,6 @@ def inspect_command(**arguments: Any) -> None:
 )
 @click.argument('source', metavar='CHECKPOINT', type=SOURCE)
 @click.argument('folder', metavar='OUT', type=click.Path(path_type=Path))
-@model_options
 @click.option('--param-dtype', metavar='DTYPE', help='Cast the parameters, say to bfloat16; by default no bit changes.')
 @click.option('--verify', 'proven', is_flag=True, help="Verify first, and keep PyTorch's outputs in OUT.")
 def convert_command(**arguments: Any) -> int:
@@ -102,6 +106,7 @@ def convert_command(**arguments: Any) -> int:
 
 @cli.command(
     'verify',
+    params=[*MODEL],
     epilog=examples(
         'flax-vit verify deep_vit.pt --channels 1',
         'flax-vit verify vit.pt --channels 1 --heads 2 --json',
@@ -109,7 +114,6 @@ def convert_command(**arguments: Any) -> int:
 )
 @click.argument('source', metavar='CHECKPOINT', type=SOURCE)
 @click.argument('folder', metavar='[OUT]', required=False, type=click.Path(path_type=Path))
-@model_options
 @click.option('--images', metavar='FOLDER', type=click.Path(path_type=Path), help='Use these images, not random ones.')
 @click.option('--count', metavar='N', type=click.IntRange(1), default=8, show_default=True, help='Number of images.')
 @click.option('--seed', metavar='N', type=int, default=0, show_default=True, help='Seed of the random images.')
@@ -219,7 +223,10 @@ def serve_export_command(**arguments: Any) -> None:
 @cli.command('demo', epilog=examples('flax-vit demo'))
 def demo_command() -> int:
     """Convert and verify three models that vit-pytorch trained on handwritten digits, and classify with them."""
-    return RIGHT if work().run_demo() else WRONG
+    work()
+    from convert.command_line import demo
+
+    return RIGHT if demo.demo() else WRONG
 
 
 @cli.command('doctor', epilog=examples('flax-vit doctor', 'flax-vit doctor --json'))

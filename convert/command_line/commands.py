@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from functools import wraps
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
-import jax
 from flax import linen as nn
 from rich.markup import escape
 
 from convert import conversion
 from convert.architectures import architecture_of
-from convert.command_line import demo, export
+from convert.command_line import export
 from convert.command_line.console import out, print_json, working
 from convert.command_line.display import (
     show_comparison,
@@ -25,43 +23,29 @@ from convert.command_line.display import (
     verdict,
     warn_of,
 )
-from convert.command_line.facts import command_line, convert_line, facts_of, figures_of, flags, this_command
+from convert.command_line.facts import command_line, convert_line, facts_of, figures_of, flag, this_command
 from convert.command_line.images import load_images
+from convert.command_line.options import MODEL
 from convert.conversion import Inspection
 from convert.errors import ConversionError
 from convert.proof import parity, report
 from convert.proof import saved_outputs as outputs
 from flax_vit import export_serving, from_pretrained, save_pretrained
-from flax_vit.folders.config import read_config
+from flax_vit.folders.config import origin, read_config
 
-FIELDS = frozenset({'key', 'part', 'release', 'image_size', 'patch_size', 'heads', 'dim_head', 'pool', 'dropout'})
-FIELDS |= {'emb_dropout', 'channels', 'image_format', 'num_classes'}
+FIELDS = frozenset(str(option.name) for option in MODEL)
 PRINTED = Path('-')  # not a file: standard output
 RUN = frozenset({'images', 'count', 'seed', 'dtype', 'gradients', 'page'})
 
-Arguments = ParamSpec('Arguments')
-Result = TypeVar('Result')
 
-
-def with_float64(command: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The command in JAX's 64-bit mode: float64 weights keep their bits on the way through."""
-
-    @wraps(command)
-    def run(*arguments: Arguments.args, **options: Arguments.kwargs) -> Result:
-        with jax.enable_x64(True):
-            return command(*arguments, **options)
-
-    return run
-
-
-@with_float64
 def inspect_checkpoint(source: str, *, as_json: bool, **options: Any) -> None:
     """Say what `source` is, in words or as JSON."""
     fields = given(options)
     if is_converted(source):
         if fields:
             raise ConversionError(
-                f'{source} is a folder that convert wrote; it has all fields already: leave out {flags(fields)}.'
+                f'{source} is a folder that convert wrote; it has all fields already: leave out '
+                f'{", ".join(map(flag, fields))}.'
             )
         config = read_config(source)
         show_converted(config) if not as_json else print_json(config)
@@ -75,7 +59,6 @@ def inspect_checkpoint(source: str, *, as_json: bool, **options: Any) -> None:
     to_copy('\nconvert it:', convert_line(inspection, fields))
 
 
-@with_float64
 def convert_checkpoint(source: str, folder: Path, *, proven: bool, **options: Any) -> bool:
     """Convert `source` to `folder`; if it is to be proven, whether it was right: what is wrong is not written."""
     fields = given(options)
@@ -105,7 +88,6 @@ def convert_checkpoint(source: str, folder: Path, *, proven: bool, **options: An
     return True
 
 
-@with_float64
 def verify(written: Mapping[str, str], source: str, **arguments: Any) -> bool:
     """Compare with PyTorch, or with what it gave; whether the port is right.
 
@@ -179,7 +161,7 @@ def verify_kept(source: str, *, data: Path | None) -> bool:
     """Hold the folder `source` against the outputs of PyTorch that were kept there."""
     with working('Running Flax on the images that were kept'):
         row = outputs.recheck(Path(source))
-    verified = (read_config(source)['source'] or {}).get('verified', {})
+    _, verified = origin(read_config(source))
     truth = verified.get('truth', 'PyTorch')
     show_rows([row], 'float32', truth)
     words = 'computes' if row.right else 'does not compute'
@@ -233,7 +215,6 @@ WAYS = {
 }
 
 
-@with_float64
 def export_checkpoint(folder: Path, target: Path, *, layout: str | None, overwrite: bool) -> None:
     """Write the parameters in `folder` back to a PyTorch checkpoint, `target`."""
     with working(f'Writing {target}'):
@@ -241,7 +222,6 @@ def export_checkpoint(folder: Path, target: Path, *, layout: str | None, overwri
     out.print(f'[green]Exported[/] to {escape(str(target))}')
 
 
-@with_float64
 def export_program(
     folder: Path,
     target: Path,
@@ -256,12 +236,6 @@ def export_program(
     with working(f'Compiling for {", ".join(platforms)}'):
         export_serving(target, model, variables, platforms=platforms, image_size=image_size, overwrite=overwrite)
     out.print(f'[green]Exported[/] to {escape(str(target))}, for {", ".join(platforms)}')
-
-
-@with_float64
-def run_demo() -> bool:
-    """Convert, verify and compare, on three models; whether all is right."""
-    return demo.demo()
 
 
 def is_converted(source: str) -> bool:
@@ -301,8 +275,10 @@ def keep_figures(target: Path | None, figures: Mapping[str, Any]) -> None:
 
 def told_when_converted(folder: Path, model: Any) -> dict[str, Any]:
     """The fields that `convert` was given for the model in the folder, and that have an option here."""
-    hows = (read_config(folder)['source'] or {}).get('fields', {})
-    return {name: getattr(model, name) for name in FIELDS if hows.get(name) == 'given' and hasattr(model, name)}
+    facts, _ = origin(read_config(folder))
+    hows = facts.get('fields')
+    told = [name for name, how in hows.items() if how == 'given'] if isinstance(hows, dict) else []
+    return {name: getattr(model, name) for name in FIELDS.intersection(told) if hasattr(model, name)}
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

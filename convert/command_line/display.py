@@ -15,6 +15,7 @@ from convert.proof.measure import Row
 from convert.proof.parity import Report
 from convert.proof.saved_outputs import Comparison
 from flax_vit.checks import COMPUTATION
+from flax_vit.folders.config import origin
 
 
 def show_inspection(inspection: Inspection) -> None:
@@ -63,10 +64,9 @@ def show_converted(config: Mapping[str, Any]) -> None:
     fields = ', '.join(f'{name}={value!r}' for name, value in config['fields'].items() if value is not None)
     hashes = ', '.join(file['sha256'] for file in config['weights'])
     show_facts({'model': config['model'], 'fields': fields, 'sha256 of the weights': hashes})
-    source = config['source'] or {}
-    if 'verified' in source:
-        source = source | {'verified': f'{source["verified"]["time"]}: {source["verified"]["verdict"]}'}
-    for name, value in source.items():
+    facts, verified = origin(config)
+    facts |= {'verified': f'{verified["time"]}: {verified["verdict"]}'} if verified else {}
+    for name, value in facts.items():
         shown = ', '.join(f'{key}: {item}' for key, item in value.items()) if isinstance(value, dict) else str(value)
         show_facts({f'source: {name}': shown})
 

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from convert.conversion import Inspection
 from convert.proof.measure import Row
+from convert.proof.report import plain
 from convert.proof.saved_outputs import Comparison
 from flax_vit.architectures import name_of
 from flax_vit.checks import COMPUTATION
@@ -58,11 +59,6 @@ def convert_line(inspection: Inspection, options: Mapping[str, Any]) -> str:
     )
 
 
-def plain(value: Any) -> Any:
-    """A field's value in JSON."""
-    return value if value is None or isinstance(value, bool | int | float | str | tuple) else str(value)
-
-
 def command_line(command: str, *arguments: str, **options: Any) -> str:
     """A command of ours, to be copied to a shell."""
     words = [word for name, value in options.items() for word in (flag(name), in_words(value))]
@@ -78,11 +74,6 @@ def joined(words: Sequence[str]) -> str:
 def flag(name: str) -> str:
     """How a field is written on the command line."""
     return f'--{name.replace("_", "-")}'
-
-
-def flags(names: Iterable[str]) -> str:
-    """Several of them."""
-    return ', '.join(map(flag, names))
 
 
 def in_words(value: Any) -> str:

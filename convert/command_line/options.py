@@ -1,8 +1,5 @@
 """The options that several commands take."""
 
-from collections.abc import Callable
-from typing import Any
-
 import rich_click as click
 
 from convert.command_line.console import be_quiet
@@ -22,51 +19,64 @@ def size(_context: click.Context, _option: click.Parameter, value: str | None) -
 
 
 MODEL = (  # what the weights may not tell
-    click.option(
-        '--image-size', metavar='SIZE', callback=size, help='Size of the images: 224, or 224x160, height x width.'
+    click.Option(
+        ['--image-size'], metavar='SIZE', callback=size, help='Size of the images: 224, or 224x160, height x width.'
     ),
-    click.option('--patch-size', metavar='SIZE', callback=size, help='Size of a patch: 16, or 16x8.'),
-    click.option(
-        '--heads', metavar='N', type=click.IntRange(1), help='Attention heads; not in the weights of ViT and SimpleViT.'
+    click.Option(['--patch-size'], metavar='SIZE', callback=size, help='Size of a patch: 16, or 16x8.'),
+    click.Option(
+        ['--heads'],
+        metavar='N',
+        type=click.IntRange(1),
+        help='Attention heads; not in the weights of ViT and SimpleViT.',
     ),
-    click.option('--dim-head', metavar='N', type=click.IntRange(1), help='Size of an attention head, if not 64.'),
-    click.option('--pool', type=click.Choice(['cls', 'mean']), help='How ViT or DeepViT pools, if not cls.'),
-    click.option(
-        '--dropout',
+    click.Option(['--dim-head'], metavar='N', type=click.IntRange(1), help='Size of an attention head, if not 64.'),
+    click.Option(['--pool'], type=click.Choice(['cls', 'mean']), help='How ViT or DeepViT pools, if not cls.'),
+    click.Option(
+        ['--dropout'],
         metavar='RATE',
         type=click.FloatRange(0, 1),
         help='Dropout of ViT or DeepViT during training, if not 0.',
     ),
-    click.option(
-        '--emb-dropout', metavar='RATE', type=click.FloatRange(0, 1), help='Dropout after the embedding, if not 0.'
+    click.Option(
+        ['--emb-dropout'], metavar='RATE', type=click.FloatRange(0, 1), help='Dropout after the embedding, if not 0.'
     ),
-    click.option('--channels', metavar='N', type=click.IntRange(1), help='Channels of the images, if not 3.'),
-    click.option(
-        '--image-format',
+    click.Option(
+        ['--transform-scale'],
+        metavar='TRUE|FALSE',
+        type=click.BOOL,
+        help="Whether dvit_repo's DeepViT scales the maps after re-attention.",
+    ),
+    click.Option(
+        ['--scale-adjustment'],
+        metavar='FACTOR',
+        type=click.FloatRange(0, min_open=True),
+        help="Of dvit_repo's DeepViT: what its blocks' branches are multiplied by.",
+    ),
+    click.Option(['--channels'], metavar='N', type=click.IntRange(1), help='Channels of the images, if not 3.'),
+    click.Option(
+        ['--image-format'],
         type=click.Choice(['channels_first', 'channels_last']),
         metavar='FORMAT',
         help='channels_first or channels_last. Needed only when images have as many channels as pixels on a side.',
     ),
-    click.option(
-        '--num-classes', metavar='N', type=click.IntRange(0), help='0 drops the head: the model gives pooled features.'
+    click.Option(
+        ['--num-classes'],
+        metavar='N',
+        type=click.IntRange(0),
+        help='0 drops the head: the model gives pooled features.',
     ),
-    click.option('--key', metavar='NAME', help='Which model to take, if the file holds several; the error lists them.'),
-    click.option(
-        '--part', type=click.Choice(['transformer']), help='Take only the Transformer, whatever surrounds it.'
+    click.Option(
+        ['--key'], metavar='NAME', help='Which model to take, if the file holds several; the error lists them.'
     ),
-    click.option(
-        '--release',
+    click.Option(
+        ['--part'], type=click.Choice(['transformer']), help='Take only the Transformer, whatever surrounds it.'
+    ),
+    click.Option(
+        ['--release'],
         metavar='VERSION',
         help='The vit-pytorch release that wrote the file, such as 0.6.5, if several fit.',
     ),
 )
-
-
-def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """What the weights may not tell."""
-    for option in reversed(MODEL):
-        command = option(command)
-    return command
 
 
 def hush(context: click.Context, _option: click.Parameter, quiet: bool) -> None:

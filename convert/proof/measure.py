@@ -95,7 +95,7 @@ class Row:
         the Cauchy distribution, and exceeds r with probability 2 / pi * arctan(1 / r) < 2 / (pi * r), in each pair.
         """
         reached = max(relative(self.exact, self.exact_limit), relative(self.port, self.port_limit))
-        return min(1.0, 2 / (math.pi * RATIO * reached)) ** self.runs
+        return (2 / max(2.0, math.pi * RATIO * reached)) ** self.runs
 
     @property
     def settled(self) -> bool:

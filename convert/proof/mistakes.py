@@ -30,24 +30,21 @@ def mistakes(way: Way, part: str, tokens: int) -> Iterator[Mistake]:
     yield from _mistakes_of_norms(tensors, part, way)
     yield from _mistakes_of_tensors(tensors, part)
     if part.startswith('to_patch_embedding'):
-        yield from list(way.stem_mistakes()) or _mistakes_of_patches(way, tensors)
+        yield from _mistakes_of_patches(way, tensors)
     elif part == 'to_latent':
         yield from _mistakes_of_pooling(way)
-    elif part.endswith('.0') and f'{part}.to_qkv.weight' in tensors:
-        yield from _mistakes_of_attention(way, tensors, part, tokens)
+    elif part.endswith('.0'):
+        yield from _mistakes_of_attention(way, tensors, part)
     elif part:
         for activation, words in _ACTIVATIONS.items():
             if activation != way.activation:
                 yield Mistake(f'with {words} instead of {way.activation}', {'activation': activation})
         yield Mistake('with ReLU instead of GELU', {'activation': 'relu'})
-    else:
-        yield from way.head_mistakes()
-    if part.startswith('transformer.layers'):
-        yield from way.branch_mistakes(part)
+    yield from way.own_mistakes(part, tokens)
     if part == 'transformer.layers.0.0':
         for words, table in way.position_mistakes().items():
             yield Mistake(words, tensors={'pos_embedding': table})
-        if 'cls_token' in way.tensors and way.tensors['cls_token'].size:
+        if way.has_class_token:
             yield Mistake('with the class token last instead of first', {'class_token': 'last'})
     elif part == 'to_latent' or part.startswith('transformer.layers'):
         yield Mistake('without the residual connection before it', {'left_out': frozenset({'residual'})})
@@ -89,6 +86,8 @@ def _mistakes_of_patches(way: Way, tensors: Mapping[str, np.ndarray]) -> Iterato
     called = {'p1': 'rows', 'p2': 'columns', 'c': 'channels'}
     first = [name for name in tensors if name.startswith('to_patch_embedding.1.') and way.model.patch_norm]
     weight = 'to_patch_embedding.2.weight' if way.model.patch_norm else 'to_patch_embedding.1.weight'
+    if tensors[weight].ndim > 2:  # of a stem, which does not cut the images
+        return
     for order in permutations(called):
         if order != tuple(called):
             pattern = f'... ({" ".join(order)}) -> ... (p1 p2 c)'
@@ -103,7 +102,7 @@ def _mistakes_of_patches(way: Way, tensors: Mapping[str, np.ndarray]) -> Iterato
         yield Mistake(words, {'cut': pattern})
 
 
-def _mistakes_of_attention(way: Way, tensors: Mapping[str, np.ndarray], part: str, tokens: int) -> Iterator[Mistake]:
+def _mistakes_of_attention(way: Way, tensors: Mapping[str, np.ndarray], part: str) -> Iterator[Mistake]:
     qkv_name = f'{part}.to_qkv.weight'
     out_name = f'{part}.{way.TO_OUT}.weight'
     qkv = tensors[qkv_name]
@@ -148,7 +147,6 @@ def _mistakes_of_attention(way: Way, tensors: Mapping[str, np.ndarray], part: st
         yield Mistake(words, tensors=of_rows(rows * factors[:, None]))
     yield Mistake('with the softmax over queries instead of keys', {'softmax_axis': -2})
     yield Mistake('with the softmax over heads instead of keys', {'softmax_axis': 0})
-    yield from way.mistakes_of_heads(part, inner_dim, tokens)
 
 
 def _mistakes_of_pooling(way: Way) -> Iterator[Mistake]:

@@ -187,7 +187,7 @@ def verify(
         outputs, rows = measured(torch, flax, parts, images, weights, dtype)
         rows, gradient_rows = rows[: len(parts)], rows[len(parts) :]
         worst = images[rows[-1].worst[0]][None]
-        why = explain(inspection, tensors, model, variables, dtype, images, rows, outputs)
+        why = explain(torch, flax, dtype, images, rows, outputs)
         maps = attention_maps(torch, flax, worst) if attention else {}
     predictions = outputs[''].port.argmax(axis=-1)
     return Report(
@@ -218,37 +218,44 @@ def measured(
 ) -> tuple[dict[str, Sides], list[Row]]:
     """The outputs of the parts, and a row for each, and for each gradient of the sum of weights x logits."""
 
-    def measure(
-        torch: TorchSide, flax: FlaxSide, images: np.ndarray, weights: np.ndarray | None
-    ) -> tuple[dict[str, Sides], list[Row]]:
-        def sides(run: str, argument: Any) -> dict[str, Sides]:
-            truth, exact = (getattr(side, run)('float64', images, argument) for side in (torch, flax))
-            theirs, ours = truth, exact
-            if dtype != 'float64':
-                theirs, ours = (getattr(side, run)(dtype, images, argument) for side in (torch, flax))
-            return {name: Sides(truth[name], theirs[name], exact[name], ours[name]) for name in truth}
-
-        outputs = sides('outputs', list(parts))
-        rows = [compare(name, label, OUTPUT_LIMIT, dtype, outputs[name]) for name, label in parts.items()]
-        if weights is not None:
-            gradients = sides('gradients', weights)
-            scale = SMALLEST * max(np.abs(each.truth).max() for each in gradients.values())
-            rows += [
-                compare(name, f'gradient of {name}', GRADIENT_LIMIT, dtype, each, scale=scale)
-                for name, each in gradients.items()
-            ]
-        return outputs, rows
-
     def again(run: int) -> list[Row]:
         tensors = {name: moved(tensor, dtype, run, name) for name, tensor in torch.tensors.items()}
         moves = {name: np.subtract(tensors[name], tensor, dtype=np.float64) for name, tensor in torch.tensors.items()}
         other = None if weights is None else moved(weights, dtype, run, 'weights')
-        return measure(
-            type(torch)(torch.inspection, tensors), flax.moved(moves), moved(images, dtype, run, 'images'), other
-        )[1]
+        sides = type(torch)(torch.inspection, tensors), flax.moved(moves)
+        return measured_once(*sides, parts, moved(images, dtype, run, 'images'), other, dtype)[1]
 
-    outputs, rows = measure(torch, flax, images, weights)
+    outputs, rows = measured_once(torch, flax, parts, images, weights, dtype)
     return outputs, settled(rows, again)
+
+
+def measured_once(
+    torch: TorchSide,
+    flax: FlaxSide,
+    parts: Mapping[str, str],
+    images: np.ndarray,
+    weights: np.ndarray | None,
+    dtype: str,
+) -> tuple[dict[str, Sides], list[Row]]:
+    """Likewise, of a single run."""
+
+    def sides(run: str, argument: Any) -> dict[str, Sides]:
+        truth, exact = (getattr(side, run)('float64', images, argument) for side in (torch, flax))
+        theirs, ours = truth, exact
+        if dtype != 'float64':
+            theirs, ours = (getattr(side, run)(dtype, images, argument) for side in (torch, flax))
+        return {name: Sides(truth[name], theirs[name], exact[name], ours[name]) for name in truth}
+
+    outputs = sides('outputs', list(parts))
+    rows = [compare(name, label, OUTPUT_LIMIT, dtype, outputs[name]) for name, label in parts.items()]
+    if weights is not None:
+        gradients = sides('gradients', weights)
+        scale = SMALLEST * max(np.abs(each.truth).max() for each in gradients.values())
+        rows += [
+            compare(name, f'gradient of {name}', GRADIENT_LIMIT, dtype, each, scale=scale)
+            for name, each in gradients.items()
+        ]
+    return outputs, rows
 
 
 def with_shared_fields(source: Any, model: nn.Module, **arguments: Any) -> Inspection:
@@ -326,28 +333,22 @@ def labels(model: nn.Module) -> dict[str, str]:
 
 
 def explain(
-    inspection: Inspection,
-    tensors: Mapping[str, np.ndarray],
-    model: nn.Module,
-    variables: Mapping[str, Any],
-    dtype: str,
-    images: np.ndarray,
-    rows: list[Row],
-    outputs: Mapping[str, Sides],
+    torch: TorchSide, flax: FlaxSide, dtype: str, images: np.ndarray, rows: list[Row], outputs: Mapping[str, Sides]
 ) -> list[str]:
-    """Why the first wrong part is wrong, on the image where it is most so; `tensors` are the source's."""
+    """Why the first wrong part is wrong, on the image where it is most so."""
     row = next((row for row in rows if not row.same_function), next((row for row in rows if not row.right), None))
     if row is None:
-        table = architecture_of(model).table(model)
-        wrong = table_causes(model, table.limit) if table and not table.right else []
+        table = architecture_of(flax.model).table(flax.model)
+        wrong = table_causes(flax.model, table.limit) if table and not table.right else []
         return [f'{table.name}: {cause}' for cause in wrong] if table else []
     sides = outputs[row.name]
     if not np.isfinite(sides.truth).all():
         return [f"{row.label}: the source's own output is not finite; the weights or the images hold NaN or infinity"]
     output, run_in = (sides.port, dtype) if row.same_function else (sides.exact, 'float64')
     worst = int(np.abs(output - sides.truth).reshape(len(images), -1).max(axis=1).argmax())
-    truth = {name: outputs[name].truth for name in labels(inspection.model)}  # in computing order
-    found = causes(inspection.model, tensors, images, truth, row.name, worst, output[worst], variables, run_in)
+    model = torch.inspection.model
+    truth = {name: outputs[name].truth for name in labels(model)}  # in computing order
+    found = causes(model, torch.tensors, images, truth, row.name, worst, output[worst], flax.variables, run_in)
     return [f'{row.label}: {cause}' for cause in found]
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 
 from convert.proof.parity import Report
 
@@ -64,7 +65,8 @@ def errors(figures: Mapping[str, Any]) -> str:
     drawable = np.concatenate([value[np.isfinite(value) & (value > 0)] for value in values.values()])
     bottom, top = drawable.min() / 4, drawable.max() * 4
 
-    for position in range(1, count - 2, 4):  # every other block: attention and feed-forward
+    blocks = [position for position, part in enumerate(parts) if part['label'].endswith('attention')]
+    for position in blocks[::2]:
         axes.axvspan(position - 0.5, position + 1.5, color=BAND, linewidth=0, zorder=0)
     for label, (_, colour, line, marker) in curves.items():
         # What a log scale can't show stands at its edges: equality below, what is no finite number above.
@@ -89,15 +91,18 @@ def errors(figures: Mapping[str, Any]) -> str:
     heights = _apart(ends, gap=0.055 * np.log10(top / bottom))
     for (label, (_, colour, *_)), height in zip(curves.items(), heights, strict=True):
         axes.annotate(label, (count - 0.5, 10**height), (6, 0), textcoords='offset points', color=colour, va='center')
-    blocks = (count - 3) // 2
-    step = -(-blocks // 12)
-    ticks = {1.5 + 2 * block: f'block {block}' if blocks <= 6 else str(block) for block in range(0, blocks, step)}
-    ticks |= {count - 1: 'logits'}
-    ticks |= {0: 'patch\nembedding'} if count < 20 else {}
-    ticks |= {count - 2: 'pooled\nfeatures'} if count < 14 else {}
+    few = len(blocks) <= 6
+    names = {'patch embedding': count < 20, 'pooled features': count < 14, parts[-1]['label']: True}
+    ticks = {
+        0.5 + blocks[block]: f'block {block}' if few else str(block)
+        for block in range(0, len(blocks), -(-len(blocks) // 12))
+    }
+    ticks |= {
+        position: part['label'].replace(' ', '\n') for position, part in enumerate(parts) if names.get(part['label'])
+    }
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set_xlabel(
-        'in the order of computation; of a block: attention, feed-forward' + (', blocks by number' * (blocks > 6))
+        'in the order of computation; of a block: attention, feed-forward' + ', blocks by number' * (not few)
     )
     axes.grid(axis='y', color=LINE, linewidth=0.6)
     return _data_url(figure)
@@ -138,6 +143,8 @@ def logits(report: Report) -> str:
 
 def attention(report: Report) -> str:
     """The attention maps of PyTorch and of Flax, all heads side by side, and their difference."""
+    from matplotlib.figure import Figure
+
     # Of huge models, a part.
     maps = {label: [side[:HEADS, :TOKENS, :TOKENS] for side in sides] for label, sides in report.attention.items()}
     tiles = {label: [_tile(side) for side in sides] for label, sides in maps.items()}
@@ -146,18 +153,9 @@ def attention(report: Report) -> str:
     heights = [column * max(side.shape[0] / side.shape[1] for side in sides) for sides in tiles.values()]
     space = 0.45  # under each map, for its scale
     height = sum(heights) + space * len(heights) + 0.35
-    figure, grid = _figure(
-        height,
-        bottom=space,
-        top=0.35,
-        left=left,
-        right=1.0,
-        rows=len(tiles),
-        columns=3,
-        height_ratios=heights,
-        wspace=gap / column,
-        hspace=space / np.mean(heights),
-    )
+    figure = Figure((WIDTH, height))
+    figure.subplots_adjust(left / WIDTH, space / height, 1, 1 - 0.35 / height, gap / column, space / np.mean(heights))
+    grid = figure.subplots(len(tiles), 3, squeeze=False, height_ratios=heights)
     for (label, (theirs, ours)), line in zip(tiles.items(), grid, strict=True):
         both = maps[label]
         finite = np.concatenate([side[np.isfinite(side)] for side in both])
@@ -194,16 +192,12 @@ def _tile(maps: np.ndarray) -> np.ndarray:
     zoom, gap = -(-PIXELS // queries), 6
     large = maps.repeat(zoom, axis=1).repeat(zoom, axis=2)
     framed = np.pad(large, ((0, 0), (0, gap), (0, gap)), constant_values=np.nan)
-    height, width = framed.shape[1:]
-    tiled = framed.reshape(heads // columns, columns, height, width).swapaxes(1, 2)
-    return tiled.reshape(heads // columns * height, columns * width)[:-gap, :-gap]
+    return rearrange(framed, '(rows columns) h w -> (rows h) (columns w)', columns=columns)[:-gap, :-gap]
 
 
 def _picture(axes: Any, tile: np.ndarray, smallest: float, largest: float) -> None:
     """The tile in blues, or, where the scale goes below zero, from blue by white to red."""
-    from matplotlib import colormaps
-
-    colours = colormaps['RdBu_r' if smallest < 0 else 'Blues']
+    colours = 'RdBu_r' if smallest < 0 else 'Blues'
     axes.imshow(tile, cmap=colours, vmin=smallest, vmax=largest, interpolation='none')
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
@@ -220,27 +214,15 @@ def _apart(positions: np.ndarray, gap: float) -> np.ndarray:
     return moved
 
 
-def _figure(
-    height: float,
-    *,
-    bottom: float = 0.6,
-    top: float = 0.3,
-    left: float = 0.75,
-    right: float = 1.0,
-    rows: int = 1,
-    columns: int = 1,
-    **grid: Any,
-) -> Any:
-    """A figure and its axes. `bottom`, `top`, `left` are margins in inches; `right` is a share of the width."""
+def _figure(height: float, *, bottom: float = 0.6, top: float = 0.3, right: float) -> Any:
+    """A figure and its axes. `bottom` and `top` are margins in inches, `right` is a share of the width."""
     from matplotlib.figure import Figure
 
     figure = Figure((WIDTH, height))
-    figure.subplots_adjust(left / WIDTH, bottom / height, right, 1 - top / height)
-    if rows == columns == 1:
-        axes = figure.subplots()
-        axes.spines[['top', 'right']].set_visible(False)
-        return figure, axes
-    return figure, figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid)
+    figure.subplots_adjust(0.75 / WIDTH, bottom / height, right, 1 - top / height)
+    axes = figure.subplots()
+    axes.spines[['top', 'right']].set_visible(False)
+    return figure, axes
 
 
 def _data_url(figure: Any) -> str:

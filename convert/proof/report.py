@@ -117,7 +117,7 @@ def figures_of(
             'parameters': inspection.parameters,
             'tensors': len(inspection.tensors),
             'fields': {
-                name: {'value': _plain(field.value), 'how': field.how, 'why': field.why}
+                name: {'value': plain(field.value), 'how': field.how, 'why': field.why}
                 for name, field in inspection.fields.items()
                 if name not in COMPUTATION
             },
@@ -188,7 +188,7 @@ def _folder(folder: Path) -> dict[str, str]:
     return {'folder': str(folder), 'weights': names, 'sha256': hashes}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A field's value in JSON: a dtype by its name, a size as a list."""
     if isinstance(value, tuple):
         return list(value)

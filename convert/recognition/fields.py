@@ -6,12 +6,12 @@ from numbers import Integral
 from typing import Any, get_args
 
 import numpy as np
-from flax import linen as nn
 
 from convert.architectures import architecture_of
 from convert.architectures.architecture import Field
 from convert.errors import ConversionError
 from convert.recognition.layouts import Fit
+from flax_vit.architectures import defaults_of
 
 
 def resolve(fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any] | None = None) -> dict[str, Field]:
@@ -21,7 +21,7 @@ def resolve(fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any] | None 
 
     Raises ConversionError when a given field is none of the model's, or contradicts the weights.
     """
-    model, defaults = fit.layout.model, _defaults(fit.layout.model)
+    model, defaults = fit.layout.model, defaults_of(fit.layout.model)
     architecture = architecture_of(model)
     strangers = sorted(set(given) - set(defaults))
     if strangers:
@@ -85,7 +85,3 @@ def _plain(value: Any) -> Any:
         numbers = tuple(map(_plain, value))
         return numbers[0] if len(numbers) == 2 and numbers[0] == numbers[1] else numbers
     return value
-
-
-def _defaults(model: type[nn.Module]) -> dict[str, Any]:
-    return {field.name: field.default for field in dataclasses.fields(model) if field.name not in {'parent', 'name'}}

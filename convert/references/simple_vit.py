@@ -1,12 +1,13 @@
 """big_vision's Simple ViT in PyTorch, under the names that the Flax model has. Imports torch."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from convert.references.parts import Patches, Transformer
+from flax_vit.checks import pair
 
 EPSILON = 1e-6
 
@@ -57,20 +58,18 @@ class FeedForward(nn.Module):
 
 
 class SimpleViT(nn.Module):
-    """The model for images that have the positions given."""
+    """The module of a Flax model, for images of its size."""
 
-    def __init__(
-        self, positions: torch.Tensor, *, patch_size: Sequence[int], num_classes: int, dim: int, depth: int, heads: int,
-        mlp_dim: int, channels: int, rep_size: int,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self.positions = positions
-        self.to_patch_embedding = nn.Sequential(nn.Identity(), Patches(channels, dim, patch_size))
-        blocks = [(Attention(dim, heads), FeedForward(dim, mlp_dim)) for _ in range(depth)]
+        dim = model.dim
+        self.positions = torch.from_numpy(model.pos_embedding())
+        self.to_patch_embedding = nn.Sequential(nn.Identity(), Patches(model.channels, dim, pair(model.patch_size)))
+        blocks = [(Attention(dim, model.heads), FeedForward(dim, model.mlp_dim)) for _ in range(model.depth)]
         self.transformer = Transformer(blocks, nn.LayerNorm(dim, EPSILON))
         self.to_latent = nn.Identity()
-        self.pre_logits = nn.Linear(dim, rep_size) if rep_size else None
-        self.head = nn.Linear(rep_size or dim, num_classes) if num_classes else None
+        self.pre_logits = nn.Linear(dim, model.rep_size) if model.rep_size else None
+        self.head = nn.Linear(model.rep_size or dim, model.num_classes) if model.num_classes else None
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.to_patch_embedding(images)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax_vit.architectures import classes
+from flax_vit.folders.config import origin
 
 FOLDER = 'this/folder'  # what a card calls the folder it lies in
 USE = """```python
@@ -34,26 +35,25 @@ def card(config: Mapping[str, Any], name: str = FOLDER) -> str:
         images, inputs = 'tokens', f'floats (batch, tokens, {fields["dim"]})'
         outputs = inputs
     use = USE.format(name=name, images=images, inputs=inputs, outputs=outputs)
-    origin = getattr(classes()[config['model']], 'ORIGIN', 'vit-pytorch')
+    whose = getattr(classes()[config['model']], 'ORIGIN', 'vit-pytorch')
     parts = [
-        '---\n' + '\n'.join(['library_name: flax_vit', task, 'tags:', '- flax', '- jax', f'- {origin}']) + '\n---',
+        '---\n' + '\n'.join(['library_name: flax_vit', task, 'tags:', '- flax', '- jax', f'- {whose}']) + '\n---',
         f'# {config["model"]}',
-        f"{origin}'s {config['model']}, as a Flax module of flax_vit.",
+        f"{whose}'s {config['model']}, as a Flax module of flax_vit.",
         use,
         '## Fields',
         _table('field', 'value', fields),
     ]
-    if isinstance(config['source'], dict):
-        source = dict(config['source'])
-        verified = source.pop('verified', None)
-        parts += ['## Where it comes from', _table('fact', 'value', source)]
-        if isinstance(verified, dict) and {'time', 'verdict', 'criterion'} <= set(verified):  # a certificate
-            parts += [
-                '## Verified',
-                f'{verified["time"]}: {verified["verdict"]} The measure: {verified["criterion"]} '
-                'All figures are in `config.json`; `flax-vit verify` on this folder takes the measure again, '
-                'without PyTorch.',
-            ]
+    facts, verified = origin(config)
+    if facts:
+        parts += ['## Where it comes from', _table('fact', 'value', facts)]
+    if verified:
+        parts += [
+            '## Verified',
+            f'{verified["time"]}: {verified["verdict"]} The measure: {verified["criterion"]} '
+            'All figures are in `config.json`; `flax-vit verify` on this folder takes the measure again, '
+            'without PyTorch.',
+        ]
     hashes = {file['file']: file['sha256'] for file in config['weights']}
     parts += ['## Weights', _table('file', 'sha256', hashes)]
     return '\n\n'.join(parts) + '\n'

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from flax_vit.architectures import classes, field_names, name_of
+from flax_vit.architectures import classes, defaults_of, name_of
 from flax_vit.folders.whole_files import PARTIAL, sha256
 
 FORMAT = 'flax_vit 2'
@@ -55,13 +55,26 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
+def origin(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The facts that a configuration has of its source, by name, and the certificate of `verify`, empty without one.
+
+    `save_pretrained` takes anything for a source.
+    """
+    source = config['source']
+    facts = dict(source) if isinstance(source, dict) else {'source': source} if source is not None else {}
+    verified = facts.get('verified')
+    if isinstance(verified, dict) and {'time', 'verdict', 'criterion'} <= verified.keys():
+        return {name: value for name, value in facts.items() if name != 'verified'}, verified
+    return facts, {}
+
+
 def new_config(model: nn.Module, source: Any) -> dict[str, Any]:
     """The configuration of a model, as it will be read; its list of weights is still empty.
 
     ValueError for a field that would not be read as it is, and for a source that is not JSON.
     """
     saved = {}
-    for name in field_names(type(model)):
+    for name in defaults_of(type(model)):
         value = getattr(model, name)
         saved[name] = json.loads(json.dumps(_to_json(value), default=repr))
         if _from_json(name, saved[name]) != value:
@@ -76,7 +89,7 @@ def new_config(model: nn.Module, source: Any) -> dict[str, Any]:
 def model_of(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> nn.Module:
     """The model of a configuration, with other values for some fields. ValueError for what is no field of it."""
     model_class = classes()[config['model']]
-    names = field_names(model_class)
+    names = list(defaults_of(model_class))
     for name in overrides or {}:
         if name not in names:
             near = get_close_matches(name, names, 1)

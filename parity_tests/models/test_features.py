@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flax_vit import DeepViT, Features, features, stack_layers, to_nnx
-from flax_vit.architectures import field_names
+from flax_vit.architectures import defaults_of
 from parity_tests.support.reference import (
     CONFIGURATIONS,
     FLOAT64_BOUND,
@@ -170,7 +170,7 @@ def test_what_are_no_blocks_and_no_model() -> None:
     for block in (1.0, '1', None):
         with pytest.raises(ValueError, match=rf'there is no block {block!r}'):
             features(model, variables, images, blocks=[block])  # type: ignore[list-item]
-    fields = {name: getattr(model, name) for name in field_names(DeepViT)}
+    fields = {name: getattr(model, name) for name in defaults_of(DeepViT)}
     for stranger in (Wider(**fields), to_nnx(model, variables)):
         with pytest.raises(ValueError, match=r'features looks into one of .*SimpleViT, ViT itself, not a '):
             features(stranger, variables, images)

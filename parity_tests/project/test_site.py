@@ -21,7 +21,7 @@ from mkdocs.exceptions import Abort, PluginError
 
 import convert
 import flax_vit
-from flax_vit.architectures import MODELS, field_names
+from flax_vit.architectures import MODELS, defaults_of
 from parity_tests.support.pages import PAGES, ROOT
 
 HOME = 'https://github.com/flax-vit/flax_vit'
@@ -106,7 +106,7 @@ def test_every_field_of_a_model_says_what_it_is() -> None:
         module = package[model.__module__.partition('.')[2]][name]
         arguments = {argument.name: argument for argument in sections(module)['parameters']}
         assert list(sections(module))[-2:] == ['parameters', 'raises']
-        assert arguments.keys() == set(field_names(model))
+        assert arguments.keys() == set(defaults_of(model))
         assert [name for name, argument in arguments.items() if not argument.description] == []
         assert [name for name, argument in arguments.items() if argument.annotation is None] == []
         signature = inspect.signature(model).parameters

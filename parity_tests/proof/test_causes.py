@@ -525,9 +525,8 @@ def test_tf32_keeps_ten_bits() -> None:
 
 
 def test_sincos_is_the_table() -> None:
-    height, width, dim = 5, 7, 24
-    table = flax_vit.simple_vit.posemb_sincos_2d(height, width, dim)
-    assert np.abs(simple_vit.sincos(height, width, dim // 4, dim // 4 - 1) - table).max() <= 7 * 2.0**-23
+    model = flax_vit.SimpleViT(image_size=(5, 7), patch_size=1, num_classes=1, dim=24, depth=1, heads=1, mlp_dim=1)
+    assert np.abs(simple_vit.exact_table(model) - model.pos_embedding()).max() <= 7 * 2.0**-23
 
 
 def test_table_in_the_docs_has_every_slip() -> None:
