@@ -61,7 +61,7 @@ def origin(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     `save_pretrained` takes anything for a source.
     """
     source = config['source']
-    facts = dict(source) if isinstance(source, dict) else {'source': source} if source is not None else {}
+    facts = dict(source) if isinstance(source, dict) else {'note': source} if source is not None else {}
     verified = facts.get('verified')
     if isinstance(verified, dict) and {'time', 'verdict', 'criterion'} <= verified.keys():
         return {name: value for name, value in facts.items() if name != 'verified'}, verified

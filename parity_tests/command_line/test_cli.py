@@ -10,6 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -22,8 +23,9 @@ import convert.command_line.demo
 from convert.command_line.cli import cli
 from convert.conversion import place
 from convert.files import remote
-from flax_vit import DeepViT, from_pretrained, save_pretrained
+from flax_vit import DeepViT, SimpleViT, from_pretrained, save_pretrained
 from parity_tests.command_line.conftest import DIGITS, Run
+from parity_tests.support.pages import ROOT
 from parity_tests.support.reference import perturbed
 
 FIELDS = ['--image-size', '8', '--patch-size', '4', '--heads', '3']
@@ -71,6 +73,32 @@ def test_inspect_ends_with_the_command_that_converts(flax_vit: Run, given: list[
     status, _, problem = flax_vit(*(wanted.get(word, word) for word in words))
     assert status == 0, problem
     assert from_pretrained('simple_vit-flax')[0] == from_pretrained_with(flax_vit, FIELDS)
+
+
+def test_what_only_training_tells_of_the_papers_deep_vit_has_options(flax_vit: Run) -> None:
+    published = ('--key', 'state_dict_ema', str(ROOT / 'parity_tests/golden/official/dvit-patch.pth.tar'))
+    _, printed, _ = flax_vit('inspect', *published)
+    _, *words = shlex.split(printed.rstrip().rpartition('\n')[2].removeprefix('convert it:'))
+    told = {'IMAGE_SIZE': '12x20', 'TRANSFORM_SCALE': 'true', 'SCALE_ADJUSTMENT': '0.5'}
+    assert {word for word in words if word.isupper()} == told.keys()
+    status, _, problem = flax_vit(*(told.get(word, word) for word in words))
+    assert status == 0, problem
+    model: Any = from_pretrained('dvit-patch-flax')[0]
+    assert (model.transform_scale, model.scale_adjustment) == (True, 0.5)
+
+
+@pytest.mark.parametrize('source', ['my notes', ['a'], {'verified': 'by hand'}, {'fields': 'x'}, 3, None], ids=str)
+def test_a_folder_with_notes_of_any_kind(flax_vit: Run, source: Any) -> None:
+    model = SimpleViT(image_size=8, patch_size=4, num_classes=3, dim=8, depth=1, heads=1, mlp_dim=4)
+    variables = jax.jit(model.init)(jax.random.key(0), np.ones((1, 8, 8, 3), np.float32))
+    save_pretrained('out', model, variables, source=source)
+    status, printed, problem = flax_vit('inspect', 'out')
+    assert status == 0, problem
+    assert source is None or 'source: ' in printed
+    status, _, problem = flax_vit('verify', 'out')
+    assert (status, 'convert with --verify' in problem) == (2, True)
+    status, _, problem = flax_vit('verify', 'simple_vit.pt', 'out')
+    assert (status, 'Unexpected' in problem) == (2, False)
 
 
 def from_pretrained_with(flax_vit: Run, fields: list[str]) -> Any:

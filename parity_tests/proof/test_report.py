@@ -178,6 +178,18 @@ def test_the_plot_of_a_deep_model(right: convert.Report, depth: int) -> None:
     assert convert.proof.plots.errors(figures_of(report)).startswith('data:image/svg+xml;base64,')
 
 
+@pytest.mark.filterwarnings('ignore::convert.ConversionWarning')
+@pytest.mark.parametrize('depth', [1, 2])
+def test_a_transformer_alone_has_only_blocks(depth: int, tmp_path: pathlib.Path) -> None:
+    alone = simple_vit.Transformer(dim=8, depth=depth, heads=2, dim_head=4, mlp_dim=6)
+    report = convert.verify(alone, count=1, dtype='float64')
+    text = text_of(page_of(report, tmp_path))
+    assert '(batch, tokens, dim)' in text
+    drawing = base64.b64decode(convert.proof.plots.errors(figures_of(report)).partition(',')[2]).decode()
+    assert [f'block {block}' in drawing for block in range(3)] == [block < depth for block in range(3)]
+    assert all(('tokens' in drawing, 'logits' not in drawing, 'embedding' not in drawing))
+
+
 def test_the_file_appears_whole_or_not_at_all(
     right: convert.Report, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
