@@ -368,6 +368,10 @@ class Architecture:
         """How far positions that are no parameters are from what they should be, and how far they may be."""
         return None
 
+    def table_and_mistakes(self, model: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """The port's such positions, the exact ones, and wrong ones by the words for it."""
+        raise NotImplementedError
+
     def alternatives(self, model: Any) -> Iterator[dict[str, Any]]:
         """Other values of the fields that weights can't tell, which take the same weights."""
         yield from ()

@@ -135,3 +135,7 @@ class OfficialSimpleViTArchitecture(Architecture):
         """The largest difference of the port's sincos table from the exact one, and what it may be."""
         difference = np.abs(exact_table(model) - model.pos_embedding()).max()
         return ComputedTable(float(difference), table_limit(model), 'the exact one')
+
+    def table_and_mistakes(self, model: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        exact = exact_table(model)
+        return model.pos_embedding(), exact, table_mistakes(model, exact)

@@ -203,6 +203,10 @@ class SimpleViTArchitecture(Architecture):
         difference = np.abs(theirs(*model.grid, model.dim).numpy() - model.pos_embedding()).max()
         return ComputedTable(float(difference), table_limit(model), "PyTorch's own on this machine")
 
+    def table_and_mistakes(self, model: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        exact = exact_table(model)
+        return model.pos_embedding(), exact, table_mistakes(model, exact)
+
     def alternatives(self, model: Any) -> Iterator[dict[str, Any]]:
         yield from () if model.qk_norm else other_heads(model)
 

@@ -10,7 +10,6 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from convert.architectures import architecture_of
-from convert.architectures.simple_vit import exact_table, table_mistakes
 from convert.architectures.way import Mistake, Way, part_inputs, short
 from convert.proof.measure import relative, size
 from convert.proof.mistakes import mistakes, rounding_mistakes
@@ -92,8 +91,7 @@ def causes(
 
 def table_causes(model: Any, limit: float) -> list[str]:
     """Why a table of positions that are no parameters is not PyTorch's to within `limit`."""
-    table, right = model.pos_embedding(), exact_table(model)
-    wrong = table_mistakes(model, right)
+    table, right, wrong = architecture_of(model).table_and_mistakes(model)
     fit = [f'matches {words}' for words, mistaken in wrong.items() if np.abs(table - mistaken).max() <= limit]
     return fit or [f'no known mistake fits: it is {compared(table, right)}']
 
