@@ -1,19 +1,22 @@
 """The fields of models: which make sense, which say how and not what is computed, and their errors."""
 
-from collections.abc import Sequence
+import dataclasses
 from numbers import Integral, Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 # The fields that say how a model is computed and called, not what it computes.
 COMPUTATION = frozenset({'dtype', 'precision', 'query_chunk_size', 'remat', 'scan_layers', 'image_format'})
 # Those that matter in training alone.
 TRAINING = frozenset({'dropout', 'emb_dropout', 'attention_dropout', 'drop_path'})
 IMAGE_FORMATS = {'channels_last': 'b (h p1) (w p2) c', 'channels_first': 'b c (h p1) (w p2)'}
+# Of whole numbers, also of each of two.
+SMALLEST = {'num_classes': 0} | dict.fromkeys(
+    ('image_size', 'patch_size', 'dim', 'depth', 'heads', 'mlp_dim', 'channels', 'dim_head', 'query_chunk_size'), 1
+)
 FLOATS = ('float64', 'float32', 'float16', 'bfloat16')  # what weights and computations may be in
 
 
@@ -33,45 +36,39 @@ def floating_dtype(what: str, dtype: Any) -> np.dtype[Any]:
     return jnp.dtype(name)
 
 
-def check_sizes(model: nn.Module, *, pairs: Sequence[str] = (), **smallest: int) -> None:
-    """ValueError unless each named field is a whole number not below the smallest allowed; or two, if among `pairs`."""
-    for name, least in smallest.items():
+def check_fields(model: Any, **smallest: int) -> None:
+    """ValueError unless the fields of a model or a Transformer make sense; `smallest`: where `SMALLEST` is not so."""
+
+    def check(right: bool, name: str, words: str) -> None:
+        if not right:
+            raise ValueError(f'{type(model).__name__}: {name} must be {words}, not {getattr(model, name)!r}.')
+
+    types = {field.name: field.type for field in dataclasses.fields(model)}
+    for name, least in (SMALLEST | smallest).items():
+        value: Any = getattr(model, name, None)
+        if name not in types or (value is None and types[name] == int | None):
+            continue
+        pair_of_sides = isinstance(value, tuple) and len(value) == 2 and types[name] is not int
+        numbers = value if pair_of_sides else (value,)
+        whole = all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= least for n in numbers)
+        check(whole, name, f'a whole number from {least} up')
+    for name in types:
         value = getattr(model, name)
-        numbers = value if name in pairs and isinstance(value, tuple) and len(value) == 2 else (value,)
-        if not all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= least for n in numbers):
-            raise ValueError(f'{type(model).__name__}: {name} must be a whole number from {least} up, not {value!r}.')
-
-
-def check_rates(model: nn.Module, *names: str) -> None:
-    """ValueError unless each named field is a rate of dropout."""
-    for name in names:
-        rate = getattr(model, name)
-        if not isinstance(rate, Real) or not 0 <= float(rate) <= 1:
-            raise ValueError(f'{type(model).__name__}: {name} must be a rate from 0 to 1, not {rate!r}.')
-
-
-def check_divisible(model: nn.Module, image_size: tuple[int, int], patch_size: tuple[int, int]) -> None:
-    """ValueError unless whole patches fill the image."""
-    if image_size[0] % patch_size[0] or image_size[1] % patch_size[1]:
-        raise ValueError(
-            f'{type(model).__name__}: the sides of image_size {image_size} must be multiples of those of '
-            f'patch_size {patch_size}.'
-        )
-
-
-def check_pool(model: Any) -> None:
-    """ValueError unless `pool` is one that there is."""
-    if model.pool not in ('cls', 'mean'):
-        raise ValueError(
-            f"{type(model).__name__}: pool must be 'cls' (class token) or 'mean' (of tokens), not {model.pool!r}."
-        )
-
-
-def check_options(model: Any) -> None:
-    """ValueError unless the fields that say how a model is computed, not what, make sense."""
-    if getattr(model, 'query_chunk_size', None) is not None:
-        check_sizes(model, query_chunk_size=1)
-    check_switches(model, *(name for name in ('remat', 'scan_layers') if hasattr(model, name)))
+        if types[name] in (bool, bool | None):
+            check(isinstance(value, bool), name, 'True or False')
+        if name in TRAINING:
+            check(isinstance(value, Real) and 0 <= float(value) <= 1, name, 'a rate from 0 to 1')
+    if 'pool' in types:
+        check(model.pool in ('cls', 'mean'), 'pool', "'cls' (class token) or 'mean' (of tokens)")
+    if 'image_format' in types:
+        words = f'{" or ".join(map(repr, IMAGE_FORMATS))}, or None for what fits'
+        check(model.image_format in (None, *IMAGE_FORMATS), 'image_format', words)
+        sides, patch = pair(model.image_size), pair(model.patch_size)
+        if sides[0] % patch[0] or sides[1] % patch[1]:
+            raise ValueError(
+                f'{type(model).__name__}: the sides of image_size {sides} must be multiples of those of patch_size '
+                f'{patch}.'
+            )
     precision = model.precision
     one_for_each = precision if isinstance(precision, tuple) and len(precision) == 2 else (precision,)
     algorithm = isinstance(precision, jax.lax.DotAlgorithm | jax.lax.DotAlgorithmPreset) or (
@@ -91,19 +88,3 @@ def _is_precision(value: Any) -> bool:
     except ValueError:
         return False
     return isinstance(value, str | jax.lax.Precision)  # it takes numbers, too, which jax.numpy does not
-
-
-def check_image_format(model: Any) -> None:
-    """ValueError unless the order of an image's axes is known, or left to what fits."""
-    if model.image_format not in (None, *IMAGE_FORMATS):
-        raise ValueError(
-            f'{type(model).__name__}: image_format must be {" or ".join(map(repr, IMAGE_FORMATS))}, '
-            f'or None for what fits, not {model.image_format!r}.'
-        )
-
-
-def check_switches(model: Any, *names: str) -> None:
-    """ValueError unless each named field is True or False."""
-    for name in names:
-        if not isinstance(getattr(model, name), bool):
-            raise ValueError(f'{type(model).__name__}: {name} must be True or False, not {getattr(model, name)!r}.')

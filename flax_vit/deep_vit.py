@@ -11,19 +11,24 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jax import Array
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 
 from flax_vit import layers
-from flax_vit.checks import check_divisible, check_image_format, check_options, check_pool, check_rates, check_sizes
+from flax_vit.checks import check_fields
 from flax_vit.layers import (
     EPSILON,
     FeedForward,
     Identity,
+    Images,
+    Keys,
     Layer,
+    Model,
+    Outputs,
+    Queries,
+    Tokens,
     add,
     at_least_float32,
     embedding_of_smaller_images,
@@ -34,7 +39,7 @@ from flax_vit.layers import (
     softmax,
     with_class_token,
 )
-from flax_vit.mesh import COLUMNS, SHARED, Rules, laid_out_by_the_compiler
+from flax_vit.mesh import COLUMNS, SHARED, Rules
 
 
 class Attention(Layer):
@@ -58,7 +63,7 @@ class Attention(Layer):
         self.reattn_norm_1 = self.inner(HeadNorm)
         self.to_out = [self.linear(inner_dim, self.dim), nn.Dropout(self.dropout)]
 
-    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+    def __call__(self, x: Tokens, *, train: bool) -> Tokens:
         qkv = self.to_qkv(self.norm(x))
         q, k, v = jnp.unstack(rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads))
 
@@ -66,14 +71,7 @@ class Attention(Layer):
         return sequential(self.to_out, rearrange(out, 'b h n d -> b n (h d)'), train=train)
 
     @nn.nowrap
-    def weigh(
-        self,
-        q: Float[Array, 'batch heads i d'],
-        k: Float[Array, 'batch heads j d'],
-        v: Float[Array, 'batch heads j d'],
-        *,
-        train: bool,
-    ) -> Float[Array, 'batch heads i d']:
+    def weigh(self, q: Queries, k: Keys, v: Keys, *, train: bool) -> Queries:
         dots = product('bhid,bhjd->bhij', q, k, precision=self.precision) * self.dim_head**-0.5
         # vit-pytorch drops out the attention map before re-attention, not after it
         attn = self.attention_dropout(softmax(dots), deterministic=not train)
@@ -130,16 +128,12 @@ class Transformer(layers.Transformer):
 
     dropout: float = 0.0
 
-    def __post_init__(self) -> None:
-        check_rates(self, 'dropout')
-        super().__post_init__()
-
     @nn.nowrap
     def block(self) -> list[nn.Module]:
         return [self.inner(Attention), self.inner(FeedForward, hidden_dim=self.mlp_dim)]
 
 
-class DeepViT(Layer):
+class DeepViT(Model):
     """A vision transformer with re-attention, learned positions, a class token and dropout.
 
     The arguments are vit-pytorch's, with its defaults; `dtype`, `param_dtype` and `precision` are linen's.
@@ -175,13 +169,7 @@ class DeepViT(Layer):
     scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`
 
     def __post_init__(self) -> None:
-        check_sizes(self, image_size=1, patch_size=1, num_classes=0, dim=1, depth=1, heads=1, mlp_dim=1)
-        check_sizes(self, channels=1, dim_head=1)
-        check_divisible(self, (self.image_size, self.image_size), (self.patch_size, self.patch_size))
-        check_pool(self)
-        check_rates(self, 'dropout', 'emb_dropout')
-        check_options(self)
-        check_image_format(self)
+        check_fields(self)
         super().__post_init__()
 
     def setup(self) -> None:
@@ -200,22 +188,8 @@ class DeepViT(Layer):
         """Its Transformer, nobody's child."""
         return self.inner(Transformer, final_norm=False)
 
-    @laid_out_by_the_compiler
-    def __call__(
-        self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
-    ) -> Float[Array, 'batch outputs']:
-        """Logits of images.
-
-        Args:
-            images: Floating-point numbers (batch, height, width, channels) or (batch, channels, height, width).
-            train: Whether dropout acts, which takes its random numbers from `rngs={'dropout': key}` of `apply`.
-
-        Returns:
-            (batch, num_classes), or without a head what it would get.
-
-        Raises:
-            ValueError: When the images don't fit the model.
-        """
+    @nn.nowrap
+    def outputs(self, images: Images, train: bool) -> Outputs:
         x = sequential(self.to_patch_embedding, images, train=train)
         x = x.astype(nn.dtypes.canonicalize_dtype(x, self.cls_token, self.pos_embedding, dtype=self.dtype))
         x = with_class_token(x, self.cls_token)

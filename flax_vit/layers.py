@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
@@ -17,10 +17,16 @@ from flax.typing import Dtype, Initializer, Out, PrecisionLike
 from jax import Array, random
 from jaxtyping import Float, Shaped
 
-from flax_vit.checks import IMAGE_FORMATS, check_options, check_sizes, floating_dtype, pair
+from flax_vit.checks import IMAGE_FORMATS, check_fields, floating_dtype, pair
 from flax_vit.mesh import laid_out_by_the_compiler
 
 EPSILON = 1e-5  # of torch.nn.LayerNorm
+
+Images = Shaped[Array | np.ndarray, 'batch ...']
+Tokens = Float[Array, 'batch tokens dim']
+Queries = Float[Array, 'batch heads i d']
+Keys = Float[Array, 'batch heads j d']  # and values
+Outputs = Float[Array, 'batch outputs']
 
 
 class Layer(nn.Module, kw_only=True):
@@ -43,7 +49,14 @@ class Layer(nn.Module, kw_only=True):
         shared = {name: getattr(self, name) for name in names & own - {'parent', 'name'}}
         return kind(**{**shared, **fields}, parent=None)
 
-    def linear(self, in_features: int, features: int, *, bias: bool = True, **starts: Initializer) -> 'Linear':
+    def linear(
+        self,
+        in_features: int | tuple[int, ...],
+        features: int | tuple[int, ...],
+        *,
+        bias: bool = True,
+        **starts: Initializer,
+    ) -> 'Linear':
         """`torch.nn.Linear(in_features, features, bias)`; `starts`: `kernel_init`, `bias_init`."""
         return self.inner(Linear, in_features=in_features, features=features, bias=bias, **starts)
 
@@ -53,44 +66,31 @@ class Layer(nn.Module, kw_only=True):
 
 
 class Linear(Layer):
-    """`torch.nn.Linear`; weight and bias have the names of linen's Dense."""
+    """`torch.nn.Linear`; weight and bias have the names of linen's Dense.
 
-    in_features: int
-    features: int
+    Of tuples, as linen's DenseGeneral has them, its parameters keep the axes; it works on the last axis all the same.
+    """
+
+    in_features: int | tuple[int, ...]
+    features: int | tuple[int, ...]
     bias: bool = True
     kernel_init: Initializer | None = None  # None: as PyTorch's, uniform in ±1/√in_features
     bias_init: Initializer | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, '*batch in_features']) -> Float[Array, '*batch features']:
-        init = uniform(self.in_features**-0.5)
-        shape = self.in_features, self.features
-        kernel = self.param('kernel', self.kernel_init or init, shape, self.param_dtype)
-        bias = self.param('bias', self.bias_init or init, (self.features,), self.param_dtype) if self.bias else None
+    def __call__(self, x: Float[Array, '*batch inputs']) -> Float[Array, '*batch outputs']:
+        shapes = [size if isinstance(size, tuple) else (size,) for size in (self.in_features, self.features)]
+        matrix = tuple(map(math.prod, shapes))
+        init = uniform(matrix[0] ** -0.5)
+
+        def start(key: Array, shape: Sequence[int], dtype: Any) -> Array:
+            return (self.kernel_init or init)(key, matrix, dtype).reshape(shape)
+
+        kernel = self.param('kernel', start, (*shapes[0], *shapes[1]), self.param_dtype).reshape(matrix)
+        bias = self.param('bias', self.bias_init or init, shapes[1], self.param_dtype) if self.bias else None
         dtype = nn.dtypes.canonicalize_dtype(x, kernel, bias, dtype=self.dtype)
         x = product('...i,io->...o', x.astype(dtype), kernel.astype(dtype), precision=self.precision)
-        return x if bias is None else add(x, bias)
-
-
-class PatchProjection(Layer):
-    """`torch.nn.Conv2d` of patches that do not overlap, of images that are cut already."""
-
-    patch_size: tuple[int, int]
-    channels: int
-    dim: int
-    kernel_init: Initializer | None = None  # None: as PyTorch's
-    bias_init: Initializer | None = None
-
-    @nn.compact
-    def __call__(self, grid: Float[Array, 'batch rows columns values']) -> Float[Array, 'batch tokens dim']:
-        shape = *self.patch_size, self.channels, self.dim
-        init = uniform(math.prod(shape[:-1]) ** -0.5)
-        kernel = self.param('kernel', self.kernel_init or init, shape, self.param_dtype)
-        bias = self.param('bias', self.bias_init or init, (self.dim,), self.param_dtype)
-        dtype = nn.dtypes.canonicalize_dtype(grid, kernel, bias, dtype=self.dtype)
-        patches = rearrange(grid.astype(dtype), 'b h w values -> b (h w) values')
-        matrix = kernel.astype(dtype).reshape(-1, self.dim)
-        return add(product('bni,io->bno', patches, matrix, precision=self.precision), bias)
+        return x if bias is None else add(x, bias.reshape(-1))
 
 
 class LayerNorm(Layer):
@@ -190,14 +190,8 @@ def softmax(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
 
 
 def weigh(
-    q: Float[Array, 'batch heads i d'],
-    k: Float[Array, 'batch heads j d'],
-    v: Float[Array, 'batch heads j d'],
-    *,
-    attend: Callable[[Array], Array],
-    scale: float,
-    precision: PrecisionLike,
-) -> Float[Array, 'batch heads i d']:
+    q: Queries, k: Keys, v: Keys, *, attend: Callable[[Array], Array], scale: float, precision: PrecisionLike
+) -> Queries:
     """The values, weighed by `attend` of the softmax of the scaled products of queries and keys."""
     dots = product('bhid,bhjd->bhij', q * scale, k, precision=precision)
     weights, total = exponentials(dots)
@@ -277,21 +271,16 @@ def loops_over(x: Array) -> AbstractContextManager[None]:
 
 
 class FeedForward(Layer):
-    """`FeedForward` of ViT and DeepViT; SimpleViT's has no dropout."""
+    """vit-pytorch's `FeedForward`."""
 
     dim: int
     hidden_dim: int
-    dropout: float
+    dropout: float | None = None  # None: there is none, as in SimpleViT's, and its place in `net` isn't either
 
     def setup(self) -> None:
-        self.net = [
-            self.layer_norm(),
-            self.linear(self.dim, self.hidden_dim),
-            gelu,
-            nn.Dropout(self.dropout),
-            self.linear(self.hidden_dim, self.dim),
-            nn.Dropout(self.dropout),
-        ]
+        first, second = self.linear(self.dim, self.hidden_dim), self.linear(self.hidden_dim, self.dim)
+        drop, again = [[] if self.dropout is None else [nn.Dropout(self.dropout)] for _ in range(2)]
+        self.net = [self.layer_norm(), first, gelu, *drop, second, *again]
 
     def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
         return sequential(self.net, x, train=train)
@@ -321,8 +310,7 @@ class Transformer(Layer):
     scan_layers: bool = False
 
     def __post_init__(self) -> None:
-        check_sizes(self, dim=1, depth=1, heads=1, dim_head=1, mlp_dim=1)
-        check_options(self)
+        check_fields(self)
         super().__post_init__()
 
     @nn.nowrap
@@ -377,6 +365,41 @@ class Transformer(Layer):
         return self.norm(x)
 
 
+class Model(Layer):
+    """What the models share: what each says of itself, with what most of them say, and the call."""
+
+    POSITIONS: ClassVar[str | None] = None  # the parameter; where there is none they are computed
+    MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps
+    SAME_WEIGHTS: ClassVar[Sequence[str]] = ()  # fields that make other functions of the same weights
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The rows and columns of patches in an image."""
+        return grid_of(self)
+
+    @laid_out_by_the_compiler
+    def __call__(self, images: Images, train: bool = False) -> Outputs:
+        """Logits of images.
+
+        Args:
+            images: Floating-point numbers (batch, height, width, channels) or (batch, channels, height, width).
+            train: Whether dropout acts, where the model has some, which takes its random numbers from
+                `rngs={'dropout': key}` of `apply`, and whether a BatchNorm's statistics are the batch's.
+
+        Returns:
+            (batch, num_classes), or without a head what it would get.
+
+        Raises:
+            ValueError: When the images don't fit the model.
+        """
+        return self.outputs(images, train)
+
+    @nn.nowrap
+    def outputs(self, images: Images, train: bool) -> Outputs:
+        """What the model computes. To be written by each model."""
+        raise NotImplementedError
+
+
 def summed_apart(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
     """`x`, by an operation of its own, so that the backward pass sums what a layer's uses of it give by themselves.
 
@@ -425,11 +448,10 @@ def to_patches(
     model: Any,
     images: Shaped[Array | np.ndarray, '...'],
     *,
-    channels: int,
-    patch_size: tuple[int, int],
     sizes: str,
     fits: Callable[[int, int], bool],
-) -> Float[Array, 'batch rows columns values']:
+    to: str = 'b (h w) (p1 p2 c)',
+) -> Float[Array, 'batch *tokens values']:
     """Cut images, channels last or channels first, into patches; a patch's values run over rows, columns, channels.
 
     `fits(height, width)` says which sizes `model` takes, `sizes` says it in words. Where both orders fit and the
@@ -442,7 +464,7 @@ def to_patches(
             f'{type(model).__name__} takes images as an array of JAX or NumPy, not a {kind}: numpy.asarray(images) '
             'converts what is in the memory of the CPU.'
         )
-    shape, asked = images.shape, model.image_format
+    shape, channels, asked = images.shape, model.channels, model.image_format
     formats = [
         name
         for name, sides, axis in (('channels_last', shape[1:3], 3), ('channels_first', shape[2:4], 1))
@@ -468,20 +490,15 @@ def to_patches(
             f'{type(model).__name__} takes images of floating-point numbers, not {images.dtype}: '
             'convert and normalise them as in training.'
         )
-    order = IMAGE_FORMATS[formats[0]]
-    return rearrange(jnp.asarray(images), f'{order} -> b h w (p1 p2 c)', p1=patch_size[0], p2=patch_size[1])
+    p1, p2 = pair(model.patch_size)
+    return rearrange(jnp.asarray(images), f'{IMAGE_FORMATS[formats[0]]} -> {to}', p1=p1, p2=p2)
 
 
 def patch_embedding(model: Any, *, sizes: str, fits: Callable[[int, int], bool]) -> list[Any]:
     """`to_patch_embedding` of a model: `to_patches` with these arguments, then a projection between LayerNorms."""
-    patch_size = pair(model.patch_size)
-
-    def cut(images: Shaped[Array | np.ndarray, '...']) -> Float[Array, 'batch tokens patch_dim']:
-        grid = to_patches(model, images, channels=model.channels, patch_size=patch_size, sizes=sizes, fits=fits)
-        return rearrange(grid, 'b h w values -> b (h w) values')
-
+    cut = partial(to_patches, model, sizes=sizes, fits=fits)
     norms = [model.layer_norm(), model.layer_norm()] if model.patch_norm else []
-    projection = model.linear(model.channels * patch_size[0] * patch_size[1], model.dim)
+    projection = model.linear(model.channels * math.prod(pair(model.patch_size)), model.dim)
     return [cut, *norms[:1], projection, *norms[1:]]
 
 

@@ -69,13 +69,16 @@ def laid_out_by_the_compiler(call: Callable[..., Any]) -> Callable[..., Any]:
                     params, sown = made_in(scope)
                 size, split = images.shape[0], jax.typeof(images).sharding.spec[0]
 
-                def by_image(array: Any) -> PartitionSpec:  # scanned blocks have an axis in front of the images
-                    axes = array.shape[:2]
-                    return PartitionSpec(*[None] * axes.index(size), split) if size in axes else PartitionSpec()
+                def by_image(path: Any, array: Any) -> PartitionSpec:
+                    leading = [None] if any(getattr(key, 'key', '') == 'blocks' for key in path) else []  # the depth
+                    of_images = array.shape[len(leading) :][:1] == (size,)
+                    return PartitionSpec(*leading, split) if of_images else PartitionSpec()
 
                 with jax.sharding.use_abstract_mesh(mesh):
                     params = jax.sharding.reshard(params, PartitionSpec())
-                    logits, sown = jax.sharding.reshard((logits, sown), jax.tree.map(by_image, (logits, sown)))
+                    logits, sown = jax.sharding.reshard(
+                        (logits, sown), jax.tree_util.tree_map_with_path(by_image, (logits, sown))
+                    )
                 return logits, (params, sown)
 
             return lift.pack(run, (True,), (['params', 'batch_stats'], True), (True,))

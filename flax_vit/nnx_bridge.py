@@ -30,7 +30,7 @@ class NNXModel(nnx.bridge.ToNNX):
         self.to_nnx__deterministic = value
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        if keywords.get('method') is None and len(arguments) == 1:
+        if keywords.get('method') is None and len(arguments) < 2:
             keywords.setdefault('train', not self.deterministic)
         if keywords.get('train') and 'batch_stats' in collections_of(self.to_nnx__module):
             keywords.setdefault('mutable', 'batch_stats')  # the running statistics move

@@ -6,6 +6,8 @@ the blocks; biases in the attention, a LayerNorm epsilon of 1e-6, the branches s
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
+from numbers import Real
 from typing import Any, ClassVar
 
 import jax
@@ -14,22 +16,17 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jax import Array, random
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 
 from flax_vit import layers
-from flax_vit.checks import (
-    check_divisible,
-    check_image_format,
-    check_options,
-    check_rates,
-    check_sizes,
-    check_switches,
-    pair,
-)
+from flax_vit.checks import check_fields, pair
 from flax_vit.layers import (
     Identity,
+    Images,
     LayerNorm,
-    PatchProjection,
+    Model,
+    Outputs,
+    Tokens,
     add,
     at_least_float32,
     gelu,
@@ -41,7 +38,7 @@ from flax_vit.layers import (
     uniform,
     with_class_token,
 )
-from flax_vit.mesh import COLUMNS, SHARED, Rules, laid_out_by_the_compiler
+from flax_vit.mesh import COLUMNS, SHARED, Rules
 
 STEM = 64  # channels
 BATCH_NORM_EPSILON, MOMENTUM = 1e-5, 0.1  # of torch.nn.BatchNorm2d
@@ -65,32 +62,6 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
 VARIANTS = {
     name: {'image_size': 224, 'patch_size': 16, 'heads': 12, **different} for name, different in _DIFFERENCES.items()
 }
-
-
-class Conv(layers.Layer):
-    """`torch.nn.Conv2d` without a bias, of images (batch, height, width, channels)."""
-
-    in_features: int
-    features: int
-    kernel_size: int
-    stride: int
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, 'batch height width in_features']
-    ) -> Float[Array, 'batch rows columns features']:
-        shape = self.kernel_size, self.kernel_size, self.in_features, self.features
-        kernel = self.param('kernel', uniform(math.prod(shape[:-1]) ** -0.5), shape, self.param_dtype)
-        dtype = nn.dtypes.canonicalize_dtype(x, kernel, dtype=self.dtype)
-        side = self.kernel_size // 2  # zeros on every side
-        return jax.lax.conv_general_dilated(
-            x.astype(dtype),
-            kernel.astype(dtype),
-            (self.stride, self.stride),
-            [(side, side), (side, side)],
-            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-            precision=self.precision,
-        )
 
 
 class BatchNorm(layers.Layer):
@@ -132,7 +103,7 @@ class DropPath(nn.Module):
 
     rate: float
 
-    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+    def __call__(self, x: Tokens, *, train: bool) -> Tokens:
         if not train or self.rate == 0:
             return x
         kept = random.bernoulli(self.make_rng('dropout'), 1 - self.rate, (x.shape[0], 1, 1))
@@ -172,7 +143,7 @@ class Attention(Layer):
         self.dropped = nn.Dropout(self.dropout)
         self.drop_path = DropPath(self.path_rate)
 
-    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+    def __call__(self, x: Tokens, *, train: bool) -> Tokens:
         qkv = self.to_qkv(self.norm(self.scale_adjustment * x))
         q, k, v = jnp.unstack(rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads))
         scale = (self.dim // self.heads) ** -0.5 if self.qk_scale is None else self.qk_scale
@@ -221,7 +192,7 @@ class FeedForward(Layer):
         ]
         self.drop_path = DropPath(self.path_rate)
 
-    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+    def __call__(self, x: Tokens, *, train: bool) -> Tokens:
         x = sequential(self.net, self.scale_adjustment * x, train=train)
         return self.drop_path(x / self.scale_adjustment, train=train)
 
@@ -250,7 +221,7 @@ class Transformer(Layer, layers.Transformer, kw_only=True):
         self.norm = self.layer_norm()
 
 
-class OfficialDeepViT(layers.Layer):
+class OfficialDeepViT(Model):
     """The paper's own DeepViT, by the names of vit-pytorch's arguments where it has them.
 
     Its variables have running statistics beside the parameters, {'params': …, 'batch_stats': …}; training with
@@ -293,13 +264,7 @@ class OfficialDeepViT(layers.Layer):
     remat: bool = False  # the backward pass computes each layer's inside anew, instead of keeping it
 
     def __post_init__(self) -> None:
-        check_sizes(self, pairs=('image_size', 'patch_size'), image_size=1, patch_size=1, channels=1)
-        check_sizes(self, num_classes=0, dim=1, depth=1, heads=1, mlp_dim=1)
-        check_divisible(self, pair(self.image_size), pair(self.patch_size))
-        check_rates(self, 'dropout', 'attention_dropout', 'drop_path')
-        check_switches(self, 'cnn_stem', 'transform_scale', 'qkv_bias')
-        check_options(self)
-        check_image_format(self)
+        check_fields(self)
         if self.dim % self.heads:
             raise ValueError(f'OfficialDeepViT: dim={self.dim} must be a multiple of heads={self.heads}.')
         if self.cnn_stem and any(side % 2 for side in pair(self.patch_size)):
@@ -307,45 +272,37 @@ class OfficialDeepViT(layers.Layer):
         if self.reattention is None:
             self.reattention = tuple(range(self.depth))
         blocks = self.reattention
-        if not isinstance(blocks, tuple) or list(blocks) != [block for block in range(self.depth) if block in blocks]:
+        numbers = isinstance(blocks, tuple) and all(type(block) is int for block in blocks)
+        if not numbers or list(blocks) != [block for block in range(self.depth) if block in blocks]:
             raise ValueError(
                 f'OfficialDeepViT: reattention must be the numbers of blocks, from 0 to {self.depth - 1} in order, '
                 f'not {blocks!r}.'
             )
         for name in ('scale_adjustment', 'layer_norm_epsilon', *(['qk_scale'] if self.qk_scale is not None else [])):
-            if isinstance(getattr(self, name), bool) or not getattr(self, name) > 0:
-                raise ValueError(f'OfficialDeepViT: {name} must be a number above 0, not {getattr(self, name)!r}.')
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
+                raise ValueError(f'OfficialDeepViT: {name} must be a number above 0, not {value!r}.')
         super().__post_init__()
 
     def setup(self) -> None:
         image_size, (rows, columns) = pair(self.image_size), pair(self.patch_size)
-        size = (1, 1) if self.cnn_stem else (rows, columns)
-
-        def cut(images: Shaped[Array | np.ndarray, '...']) -> Float[Array, 'batch rows columns values']:
-            sizes = f'height and width {image_size}'
-            return to_patches(
-                self, images, channels=self.channels, patch_size=size, sizes=sizes, fits=lambda *of: of == image_size
-            )
-
+        cut = partial(to_patches, self, sizes=f'height and width {image_size}', fits=lambda *size: size == image_size)
         if self.cnn_stem:
-
-            def cut_again(x: Float[Array, 'batch height width 64']) -> Float[Array, 'batch rows columns values']:
-                return rearrange(x, 'b (h p1) (w p2) c -> b h w (p1 p2 c)', p1=rows // 2, p2=columns // 2)
-
-            projection = self.inner(PatchProjection, patch_size=(rows // 2, columns // 2), channels=STEM)
+            rows, columns = rows // 2, columns // 2
+            conv = partial(self.inner, nn.Conv, features=STEM, use_bias=False)
             self.to_patch_embedding: Any = [
-                cut,
-                self.inner(Conv, in_features=self.channels, features=STEM, kernel_size=7, stride=2),
+                partial(cut, to='b (h p1) (w p2) c'),
+                conv(kernel_size=(7, 7), strides=2, padding=3, kernel_init=uniform((49 * self.channels) ** -0.5)),
                 self.inner(BatchNorm, features=STEM, axis=-1),
                 jax.nn.relu,
-                self.inner(Conv, in_features=STEM, features=STEM, kernel_size=3, stride=1),
+                conv(kernel_size=(3, 3), padding=1, kernel_init=uniform((9 * STEM) ** -0.5)),
                 self.inner(BatchNorm, features=STEM, axis=-1),
                 jax.nn.relu,
-                cut_again,
-                projection,
+                partial(rearrange, pattern='b (h p1) (w p2) c -> b (h w) (p1 p2 c)', p1=rows, p2=columns),
+                self.linear((rows, columns, STEM), self.dim),
             ]
         else:
-            self.to_patch_embedding = [cut, self.inner(PatchProjection, patch_size=size)]
+            self.to_patch_embedding = [cut, self.linear((rows, columns, self.channels), self.dim)]
         tokens = math.prod(grid_of(self)) + 1
         self.pos_embedding = self.param('pos_embedding', normal, (1, tokens, self.dim), self.param_dtype)
         self.cls_token = self.param('cls_token', normal, (1, 1, self.dim), self.param_dtype)
@@ -355,23 +312,8 @@ class OfficialDeepViT(layers.Layer):
         if self.num_classes:
             self.head = self.linear(self.dim, self.num_classes, kernel_init=normal, bias_init=zeros)
 
-    @laid_out_by_the_compiler
-    def __call__(
-        self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
-    ) -> Float[Array, 'batch outputs']:
-        """Logits of images.
-
-        Args:
-            images: Floating-point numbers (batch, height, width, channels) or (batch, channels, height, width).
-            train: Whether statistics are the batch's, and dropout acts, which takes its random numbers from
-                `rngs={'dropout': key}` of `apply`.
-
-        Returns:
-            (batch, num_classes), or without a head what it would get.
-
-        Raises:
-            ValueError: When the images don't fit the model.
-        """
+    @nn.nowrap
+    def outputs(self, images: Images, train: bool) -> Outputs:
         x: Any = images
         for layer in self.to_patch_embedding:
             x = layer(x, train=train) if isinstance(layer, BatchNorm) else layer(x)

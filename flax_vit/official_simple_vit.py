@@ -4,33 +4,37 @@ Against vit-pytorch's SimpleViT: biases in the attention, GELU by its tanh appro
 no LayerNorms round the patches and, in the published weights, a hidden layer with tanh before the head.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import linen as nn
 from jax import Array
 from jax.sharding import PartitionSpec
-from jaxtyping import Float, Float32, Shaped
+from jaxtyping import Float, Float32
 
 from flax_vit import layers
-from flax_vit.checks import check_divisible, check_image_format, check_options, check_sizes, pair
+from flax_vit.checks import check_fields, pair
 from flax_vit.layers import (
     Identity,
+    Images,
+    Keys,
     LayerNorm,
-    PatchProjection,
-    add,
+    Model,
+    Outputs,
+    Queries,
+    Tokens,
     at_least_float32,
-    grid_of,
     in_query_chunks,
-    product,
     sequential,
     to_patches,
     weigh,
 )
-from flax_vit.mesh import COLUMNS, SHARED, Rules, laid_out_by_the_compiler
+from flax_vit.mesh import COLUMNS, SHARED, Rules
 from flax_vit.simple_vit import posemb_sincos_2d
 from flax_vit.sizes import FIELDS
 
@@ -49,46 +53,6 @@ class Layer(layers.Layer):
         return self.inner(LayerNorm, epsilon=EPSILON)
 
 
-class ToHeads(layers.Layer):
-    """Queries, keys or values of tokens: linen's DenseGeneral, the heads in front of the tokens."""
-
-    dim: int
-    heads: int
-    dim_head: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, 'batch tokens dim']) -> Float[Array, 'batch heads tokens dim_head']:
-        kernel = self.param('kernel', self.start, (self.dim, self.heads, self.dim_head), self.param_dtype)
-        bias = self.param('bias', zeros, (self.heads, self.dim_head), self.param_dtype)
-        dtype = nn.dtypes.canonicalize_dtype(x, kernel, bias, dtype=self.dtype)
-        x = product('bni,ihd->bhnd', x.astype(dtype), kernel.astype(dtype), precision=self.precision)
-        return add(x, bias[:, None])
-
-    @nn.nowrap
-    def start(self, key: Array, shape: Sequence[int], dtype: Any) -> Array:
-        return xavier_uniform(key, (self.dim, self.heads * self.dim_head), dtype).reshape(shape)
-
-
-class FromHeads(layers.Layer):
-    """Tokens of what the heads give: linen's DenseGeneral of two axes."""
-
-    dim: int
-    heads: int
-    dim_head: int
-
-    @nn.compact
-    def __call__(self, x: Float[Array, 'batch heads tokens dim_head']) -> Float[Array, 'batch tokens dim']:
-        kernel = self.param('kernel', self.start, (self.heads, self.dim_head, self.dim), self.param_dtype)
-        bias = self.param('bias', zeros, (self.dim,), self.param_dtype)
-        dtype = nn.dtypes.canonicalize_dtype(x, kernel, bias, dtype=self.dtype)
-        x = product('bhnd,hdo->bno', x.astype(dtype), kernel.astype(dtype), precision=self.precision)
-        return add(x, bias)
-
-    @nn.nowrap
-    def start(self, key: Array, shape: Sequence[int], dtype: Any) -> Array:
-        return xavier_uniform(key, (self.heads * self.dim_head, self.dim), dtype).reshape(shape)
-
-
 class Attention(Layer):
     dim: int
     heads: int
@@ -98,23 +62,21 @@ class Attention(Layer):
     def setup(self) -> None:
         self.norm = self.layer_norm()
         self.attend = Identity()  # names the attention map
-        self.query = self.inner(ToHeads)
-        self.key = self.inner(ToHeads)
-        self.value = self.inner(ToHeads)
-        self.out = self.inner(FromHeads)
+        starts: Any = {'kernel_init': xavier_uniform, 'bias_init': zeros}
+        heads = self.heads, self.dim_head
+        self.query, self.key, self.value = (self.linear(self.dim, heads, **starts) for _ in range(3))
+        self.out = self.linear(heads, self.dim, **starts)
 
-    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+    def __call__(self, x: Tokens, *, train: bool) -> Tokens:
         x = self.norm(x)
-        q, k, v = self.query(x), self.key(x), self.value(x)
-        return self.out(in_query_chunks(self, Attention.weigh, q, k, v, self.query_chunk_size))
+        q, k, v = (
+            rearrange(part(x), 'b n (h d) -> b h n d', h=self.heads) for part in (self.query, self.key, self.value)
+        )
+        out = in_query_chunks(self, Attention.weigh, q, k, v, self.query_chunk_size)
+        return self.out(rearrange(out, 'b h n d -> b n (h d)'))
 
     @nn.nowrap
-    def weigh(
-        self,
-        q: Float[Array, 'batch heads i d'],
-        k: Float[Array, 'batch heads j d'],
-        v: Float[Array, 'batch heads j d'],
-    ) -> Float[Array, 'batch heads i d']:
+    def weigh(self, q: Queries, k: Keys, v: Keys) -> Queries:
         return weigh(q, k, v, attend=self.attend, scale=self.dim_head**-0.5, precision=self.precision)
 
 
@@ -131,7 +93,7 @@ class FeedForward(Layer):
             self.linear(self.mlp_dim, self.dim, **starts),
         ]
 
-    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+    def __call__(self, x: Tokens, *, train: bool) -> Tokens:
         return sequential(self.net, x, train=train)
 
 
@@ -141,7 +103,7 @@ class Transformer(Layer, layers.Transformer):
         return [self.inner(Attention), self.inner(FeedForward)]
 
 
-class OfficialSimpleViT(Layer):
+class OfficialSimpleViT(Layer, Model):
     """The paper's own Simple ViT, big_vision's ViT with posemb='sincos2d' and pool_type='gap'; it has no dropout.
 
     Raises:
@@ -150,9 +112,6 @@ class OfficialSimpleViT(Layer):
 
     ORIGIN: ClassVar[str] = 'big_vision'  # whose code computes it; else it is vit-pytorch's
     HEAD: ClassVar[str] = 'head'
-    POSITIONS: ClassVar[str | None] = None  # the parameter; here they are computed
-    MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps
-    SAME_WEIGHTS: ClassVar[Sequence[str]] = ()  # fields that make other functions of them
     SPLIT: ClassVar[Rules] = (  # of its parameters over a mesh; heads have an axis, so that nothing is gathered
         (r'/(query|key|value)/kernel$', PartitionSpec(None, 'model', None)),
         (r'/(query|key|value)/bias$', PartitionSpec('model', None)),
@@ -181,22 +140,13 @@ class OfficialSimpleViT(Layer):
     scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`
 
     def __post_init__(self) -> None:
-        check_sizes(self, pairs=('image_size', 'patch_size'), image_size=1, patch_size=1, channels=1)
-        check_sizes(self, num_classes=0, dim=8, depth=1, heads=1, mlp_dim=1, rep_size=0)
-        check_divisible(self, pair(self.image_size), pair(self.patch_size))
+        check_fields(self, dim=8, rep_size=0)
         if self.dim % 4 or self.dim % self.heads:
             raise ValueError(
                 f'OfficialSimpleViT: dim must be a multiple of 4 for the sincos table, and of heads={self.heads}, '
                 f'not {self.dim}.'
             )
-        check_options(self)
-        check_image_format(self)
         super().__post_init__()
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """The height and width of an image of `image_size` in patches."""
-        return grid_of(self)
 
     @nn.nowrap
     def pos_embedding(self, grid: tuple[int, int] | None = None) -> Float32[np.ndarray, 'tokens dim']:
@@ -206,18 +156,15 @@ class OfficialSimpleViT(Layer):
     def setup(self) -> None:
         rows, columns = pair(self.patch_size)
 
-        def cut(images: Shaped[Array | np.ndarray, '...']) -> Float[Array, 'batch rows columns values']:
-            return to_patches(
-                self,
-                images,
-                channels=self.channels,
-                patch_size=(rows, columns),
-                sizes=f'height and width multiples of {rows if rows == columns else (rows, columns)}',
-                fits=lambda height, width: height % rows == 0 and width % columns == 0 and height * width > 0,
-            )
-
-        projection = self.inner(PatchProjection, patch_size=(rows, columns), kernel_init=lecun_normal, bias_init=zeros)
-        self.to_patch_embedding = [cut, projection]
+        cut = partial(
+            to_patches,
+            self,
+            sizes=f'height and width multiples of {rows if rows == columns else (rows, columns)}',
+            fits=lambda height, width: height % rows == 0 and width % columns == 0 and height * width > 0,
+            to='b h w (p1 p2 c)',
+        )
+        projection = self.linear((rows, columns, self.channels), self.dim, kernel_init=lecun_normal, bias_init=zeros)
+        self.to_patch_embedding: Any = [cut, projection]
         self.transformer = self.inner(Transformer, dim_head=self.dim // self.heads)
         self.to_latent = Identity()
         if self.rep_size:
@@ -226,25 +173,11 @@ class OfficialSimpleViT(Layer):
             inputs = self.rep_size or self.dim
             self.head = self.linear(inputs, self.num_classes, kernel_init=zeros, bias_init=zeros)
 
-    @laid_out_by_the_compiler
-    def __call__(
-        self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
-    ) -> Float[Array, 'batch outputs']:
-        """Logits of images.
-
-        Args:
-            images: Floating-point numbers (batch, height, width, channels) or (batch, channels, height, width).
-            train: For the other models' sake: this one computes the same in training.
-
-        Returns:
-            (batch, num_classes), or without a head what it would get.
-
-        Raises:
-            ValueError: When the images don't fit the model.
-        """
+    @nn.nowrap
+    def outputs(self, images: Images, train: bool) -> Outputs:
         cut, projection = self.to_patch_embedding
         grid = cut(images)
-        x = projection(grid)
+        x = projection(rearrange(grid, 'b h w values -> b (h w) values'))
         x = x + self.pos_embedding(grid.shape[1:3])[None].astype(x.dtype)
         x = self.transformer(x, train=train)
         x = self.to_latent(x.mean(axis=1))

@@ -6,7 +6,7 @@ names in the PyTorch order, so that PyTorch's `transformer.layers.3.1.net.1.weig
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -15,24 +15,29 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jax import Array
-from jaxtyping import Float, Float32, Shaped
+from jaxtyping import Float, Float32
 
 from flax_vit import layers
-from flax_vit.checks import check_divisible, check_image_format, check_options, check_sizes, check_switches, pair
+from flax_vit.checks import check_fields, pair
 from flax_vit.layers import (
+    FeedForward,
     Identity,
+    Images,
+    Keys,
     Layer,
+    Model,
+    Outputs,
+    Queries,
+    Tokens,
     aligned,
     at_least_float32,
-    gelu,
-    grid_of,
     in_query_chunks,
     of_each_image,
     patch_embedding,
     sequential,
     weigh,
 )
-from flax_vit.mesh import COLUMNS, SHARED, Rules, laid_out_by_the_compiler
+from flax_vit.mesh import COLUMNS, SHARED, Rules
 
 
 def posemb_sincos_2d(
@@ -53,22 +58,6 @@ def posemb_sincos_2d(
     angles = [x * omega, y * omega]
     table = [rounded(function, angle) for angle in angles for function in (np.sin, np.cos)]
     return np.concatenate(table, axis=1)
-
-
-class FeedForward(Layer):
-    dim: int
-    hidden_dim: int
-
-    def setup(self) -> None:
-        self.net = [
-            self.layer_norm(),
-            self.linear(self.dim, self.hidden_dim),
-            gelu,
-            self.linear(self.hidden_dim, self.dim),
-        ]
-
-    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
-        return sequential(self.net, x, train=train)
 
 
 class RMSNorm(Layer):
@@ -107,7 +96,7 @@ class Attention(Layer):
         self.to_qkv = self.linear(self.dim, 3 * inner_dim, bias=False)
         self.to_out = self.linear(inner_dim, self.dim, bias=False)
 
-    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+    def __call__(self, x: Tokens, *, train: bool) -> Tokens:
         qkv = self.to_qkv(self.norm(x))
         q, k, v = jnp.unstack(rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads))
         if self.qk_norm:
@@ -117,12 +106,7 @@ class Attention(Layer):
         return self.to_out(rearrange(out, 'b h n d -> b n (h d)'))
 
     @nn.nowrap
-    def weigh(
-        self,
-        q: Float[Array, 'batch heads i d'],
-        k: Float[Array, 'batch heads j d'],
-        v: Float[Array, 'batch heads j d'],
-    ) -> Float[Array, 'batch heads i d']:
+    def weigh(self, q: Queries, k: Keys, v: Keys) -> Queries:
         scale = 1.0 if self.qk_norm else self.dim_head**-0.5
         return weigh(q, k, v, attend=self.attend, scale=scale, precision=self.precision)
 
@@ -132,16 +116,12 @@ class Transformer(layers.Transformer):
 
     qk_norm: bool = False
 
-    def __post_init__(self) -> None:
-        check_switches(self, 'qk_norm')
-        super().__post_init__()
-
     @nn.nowrap
     def block(self) -> list[nn.Module]:
         return [self.inner(Attention), self.inner(FeedForward, hidden_dim=self.mlp_dim)]
 
 
-class SimpleViT(Layer):
+class SimpleViT(Model):
     """A vision transformer with a fixed sincos position table, mean pooling and a linear head; it has no dropout.
 
     With `num_register_tokens` it is that of vit-pytorch's simple_vit_with_register_tokens, with `qk_norm` that of its
@@ -155,8 +135,6 @@ class SimpleViT(Layer):
 
     HEAD: ClassVar[str] = 'linear_head'
     TRANSFORMER: ClassVar[type[nn.Module]] = Transformer
-    POSITIONS: ClassVar[str | None] = None  # the parameter; here they are computed
-    MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head')  # fields that make other functions of them
     SPLIT: ClassVar[Rules] = ((r'linear_head(_1)?/kernel$', COLUMNS), *SHARED)  # of its parameters over a mesh
 
@@ -179,10 +157,7 @@ class SimpleViT(Layer):
     scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`
 
     def __post_init__(self) -> None:
-        check_sizes(self, pairs=('image_size', 'patch_size'), image_size=1, patch_size=1, channels=1)
-        check_sizes(self, num_classes=0, dim=8, depth=1, heads=1, mlp_dim=1, dim_head=1, num_register_tokens=0)
-        check_switches(self, 'qk_norm')
-        check_divisible(self, pair(self.image_size), pair(self.patch_size))
+        check_fields(self, dim=8, num_register_tokens=0)
         if self.dim % 4:
             raise ValueError(f'SimpleViT: dim must be a multiple of 4 for the sincos table, not {self.dim}.')
         if self.qk_norm and self.num_classes not in (0, self.dim):
@@ -190,14 +165,7 @@ class SimpleViT(Layer):
                 'SimpleViT: with qk_norm the head is a LayerNorm, as in vit-pytorch, and has no classes: num_classes '
                 f'must be dim, {self.dim}, or 0 for the pooled features, not {self.num_classes}.'
             )
-        check_options(self)
-        check_image_format(self)
         super().__post_init__()
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """The height and width of an image in patches."""
-        return grid_of(self)
 
     @nn.nowrap
     def pos_embedding(self) -> Float32[np.ndarray, 'tokens dim']:
@@ -223,22 +191,8 @@ class SimpleViT(Layer):
         """Its Transformer, nobody's child."""
         return self.inner(Transformer, final_norm=not self.norm_after_mean)
 
-    @laid_out_by_the_compiler
-    def __call__(
-        self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
-    ) -> Float[Array, 'batch outputs']:
-        """Logits of images.
-
-        Args:
-            images: Floating-point numbers (batch, height, width, channels) or (batch, channels, height, width).
-            train: For ViT's and DeepViT's sake: SimpleViT computes the same in training.
-
-        Returns:
-            (batch, num_classes), or without a head what it would get.
-
-        Raises:
-            ValueError: When the images don't fit the model.
-        """
+    @nn.nowrap
+    def outputs(self, images: Images, train: bool) -> Outputs:
         x = sequential(self.to_patch_embedding, images, train=train)
         x = x + self.pos_embedding()[None].astype(x.dtype)
         if self.num_register_tokens:

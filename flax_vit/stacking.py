@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import empty_node, flatten_dict, unflatten_dict
 
 Path = tuple[Any, ...]  # an optimizer's dicts may have other keys than strings
 
@@ -98,7 +98,8 @@ def in_dicts(tree: Any, change: Callable[[Mapping[Path, Any]], Mapping[Path, Any
     def changed(node: Any) -> Any:
         if not isinstance(node, Mapping):
             return node
-        return unflatten_dict(change({path: in_dicts(value, change) for path, value in flatten_dict(node).items()}))
+        flat = flatten_dict(node, keep_empty_nodes=True)
+        return unflatten_dict(change({p: v if v is empty_node else in_dicts(v, change) for p, v in flat.items()}))
 
     return jax.tree.map(changed, tree, is_leaf=lambda node: isinstance(node, Mapping))
 

@@ -5,32 +5,27 @@ is `transformer/layers_3_1/net_4/kernel` here.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jax import Array
-from jaxtyping import Float, Shaped
 
 from flax_vit import layers
-from flax_vit.checks import (
-    check_divisible,
-    check_image_format,
-    check_options,
-    check_pool,
-    check_rates,
-    check_sizes,
-    check_switches,
-    pair,
-)
+from flax_vit.checks import check_fields
 from flax_vit.layers import (
     FeedForward,
     Identity,
+    Images,
+    Keys,
     Layer,
+    Model,
+    Outputs,
+    Queries,
+    Tokens,
     add,
     embedding_of_smaller_images,
     gelu,
@@ -40,7 +35,7 @@ from flax_vit.layers import (
     weigh,
     with_class_token,
 )
-from flax_vit.mesh import COLUMNS, ROWS, SHARED, Rules, laid_out_by_the_compiler
+from flax_vit.mesh import COLUMNS, ROWS, SHARED, Rules
 
 
 class Attention(Layer):
@@ -60,7 +55,7 @@ class Attention(Layer):
         self.to_qkv = self.linear(self.dim, 3 * inner_dim, bias=False)
         self.to_out = [self.linear(inner_dim, self.dim), nn.Dropout(self.dropout)] if self.project_out else []
 
-    def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
+    def __call__(self, x: Tokens, *, train: bool) -> Tokens:
         qkv = self.to_qkv(self.norm(x))
         q, k, v = jnp.unstack(rearrange(qkv, 'b n (qkv h d) -> qkv b h n d', qkv=3, h=self.heads))
 
@@ -68,14 +63,7 @@ class Attention(Layer):
         return sequential(self.to_out, rearrange(out, 'b h n d -> b n (h d)'), train=train)
 
     @nn.nowrap
-    def weigh(
-        self,
-        q: Float[Array, 'batch heads i d'],
-        k: Float[Array, 'batch heads j d'],
-        v: Float[Array, 'batch heads j d'],
-        *,
-        train: bool,
-    ) -> Float[Array, 'batch heads i d']:
+    def weigh(self, q: Queries, k: Keys, v: Keys, *, train: bool) -> Queries:
         def attend(softmax: Array) -> Array:
             return self.attention_dropout(self.attend(softmax), deterministic=not train)
 
@@ -91,9 +79,7 @@ class Transformer(layers.Transformer):
     scale_by_dim: bool = False
 
     def __post_init__(self) -> None:
-        check_rates(self, 'dropout')
         settle_projection(self)
-        check_switches(self, 'scale_by_dim')
         super().__post_init__()
 
     @nn.nowrap
@@ -107,7 +93,6 @@ def settle_projection(model: Any) -> None:
     full_width = model.heads == 1 and model.dim_head == model.dim
     if model.project_out is None:
         model.project_out = not full_width
-    check_switches(model, 'project_out')
     if not (model.project_out or full_width):
         raise ValueError(
             f'{type(model).__name__}: project_out=False is for one head of the full width, heads=1 and '
@@ -115,7 +100,7 @@ def settle_projection(model: Any) -> None:
         )
 
 
-class ViT(Layer):
+class ViT(Model):
     """A vision transformer with learned positions, a class token and dropout: vit-pytorch's `ViT` of any release.
 
     The arguments are vit-pytorch's, with its defaults; `dtype`, `param_dtype` and `precision` are linen's.
@@ -128,7 +113,6 @@ class ViT(Layer):
     HEAD: ClassVar[str] = 'mlp_head'
     TRANSFORMER: ClassVar[type[nn.Module]] = Transformer
     POSITIONS: ClassVar[str | None] = 'pos_embedding'
-    MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}  # the modules of an attention that put out its maps
     # Fields that make other functions of them.
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head', 'pool', 'scale_by_dim')
     SPLIT: ClassVar[Rules] = (
@@ -162,17 +146,10 @@ class ViT(Layer):
     scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`
 
     def __post_init__(self) -> None:
-        check_sizes(self, pairs=('image_size', 'patch_size'), image_size=1, patch_size=1, channels=1)
-        check_sizes(self, num_classes=0, dim=1, depth=1, heads=1, mlp_dim=1, dim_head=1)
-        check_divisible(self, pair(self.image_size), pair(self.patch_size))
-        check_pool(self)
-        check_rates(self, 'dropout', 'emb_dropout')
-        check_options(self)
-        check_image_format(self)
         if self.class_token is None:
             self.class_token = self.pool == 'cls'
         settle_projection(self)
-        check_switches(self, 'patch_norm', 'norm_after_mean', 'class_token', 'scale_by_dim', 'hidden_head')
+        check_fields(self)
         if self.pool == 'cls' and not self.class_token:
             raise ValueError("ViT: pool='cls' takes the class token, so there must be one: class_token=True.")
         if self.hidden_head and not self.norm_after_mean:
@@ -199,22 +176,8 @@ class ViT(Layer):
         """Its Transformer, nobody's child."""
         return self.inner(Transformer, final_norm=not self.norm_after_mean)
 
-    @laid_out_by_the_compiler
-    def __call__(
-        self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
-    ) -> Float[Array, 'batch outputs']:
-        """Logits of images.
-
-        Args:
-            images: Floating-point numbers (batch, height, width, channels) or (batch, channels, height, width).
-            train: Whether dropout acts, which takes its random numbers from `rngs={'dropout': key}` of `apply`.
-
-        Returns:
-            (batch, num_classes), or without a head what it would get.
-
-        Raises:
-            ValueError: When the images don't fit the model.
-        """
+    @nn.nowrap
+    def outputs(self, images: Images, train: bool) -> Outputs:
         x = sequential(self.to_patch_embedding, images, train=train)
         parameters = [self.cls_token, self.pos_embedding] if self.class_token else [self.pos_embedding]
         x = x.astype(nn.dtypes.canonicalize_dtype(x, *parameters, dtype=self.dtype))

@@ -28,7 +28,9 @@ def card(config: Mapping[str, Any], name: str = FOLDER) -> str:
     if 'image_size' in fields:
         size = fields['image_size']
         height, width = size if isinstance(size, list) else (size, size)
-        images, inputs = 'images', f'floats (batch, {height}, {width}, {fields["channels"]})'
+        axes = [height, width, fields['channels']]
+        axes = axes[2:] + axes[:2] if fields.get('image_format') == 'channels_first' else axes
+        images, inputs = 'images', f'floats (batch, {", ".join(map(str, axes))})'
         width = fields.get('rep_size') or fields['dim']
         outputs = f'logits (batch, {labels})' if labels else f'features (batch, {width})'
     else:  # a Transformer alone

@@ -48,7 +48,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
         own = own and all(is_weights(file['file']) and isinstance(file['sha256'], str) for file in config['weights'])
         reason = '.'
         model_of(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         own, reason = False, f' ({type(error).__name__}: {error}).'
     if not own:
         raise ValueError(f'{path} is not the configuration of a model that this version of flax_vit wrote{reason}')

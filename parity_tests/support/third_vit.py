@@ -1,21 +1,18 @@
 """A third architecture, in PyTorch, in Flax, and its record: SimpleViT with learned positions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
-import jax
-import numpy as np
 import torch
 from flax import linen as nn
-from jax import Array
-from jaxtyping import Float, Shaped
 from vit_pytorch import simple_vit
 
 from convert.architectures.architecture import Architecture, Axis, Layout
 from flax_vit.checks import pair
-from flax_vit.layers import Identity, Layer, add, sequential, to_patches
-from flax_vit.mesh import COLUMNS, SHARED, Rules, laid_out_by_the_compiler
+from flax_vit.layers import Identity, Images, Model, Outputs, add, sequential, to_patches
+from flax_vit.mesh import COLUMNS, SHARED, Rules
 from flax_vit.simple_vit import Transformer
 
 
@@ -40,10 +37,9 @@ class TorchThirdViT(torch.nn.Module):
         return self.classifier(self.to_latent(self.transformer(x).mean(dim=1)))
 
 
-class ThirdViT(Layer):
+class ThirdViT(Model):
     HEAD: ClassVar[str] = 'classifier'
     POSITIONS: ClassVar[str | None] = 'pos_embedding'
-    MAPS: ClassVar[Mapping[str, str]] = {'attention': 'attend'}
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head')
     SPLIT: ClassVar[Rules] = ((r'classifier/kernel$', COLUMNS), *SHARED)
 
@@ -65,13 +61,7 @@ class ThirdViT(Layer):
         image_size, patch_size = pair(self.image_size), pair(self.patch_size)
         tokens = math.prod(image_size) // math.prod(patch_size)
 
-        def cut(images: Shaped[Array | np.ndarray, '...']) -> Float[Array, 'batch tokens values']:
-            grid = to_patches(
-                self, images, channels=self.channels, patch_size=patch_size, sizes=f'of {image_size}',
-                fits=lambda *size: size == image_size,
-            )  # fmt: skip
-            return grid.reshape(len(images), tokens, -1)
-
+        cut = partial(to_patches, self, sizes=f'of {image_size}', fits=lambda *size: size == image_size)
         projection = self.linear(self.channels * math.prod(patch_size), self.dim)
         self.to_patch_embedding = [cut, self.layer_norm(), projection, self.layer_norm()]
         shape = 1, tokens, self.dim
@@ -81,10 +71,8 @@ class ThirdViT(Layer):
         if self.num_classes:
             self.classifier = self.linear(self.dim, self.num_classes)
 
-    @laid_out_by_the_compiler
-    def __call__(
-        self, images: Shaped[Array | np.ndarray, 'batch ...'], train: bool = False
-    ) -> Float[jax.Array, 'batch outputs']:
+    @nn.nowrap
+    def outputs(self, images: Images, train: bool) -> Outputs:
         x = add(sequential(self.to_patch_embedding, images, train=train), self.pos_embedding)
         x = self.to_latent(self.transformer(x, train=train).mean(axis=1))
         return self.classifier(x) if self.num_classes else x
