@@ -93,7 +93,7 @@ def test_tensors_in_plain_pickles(tmp_path: Path, way: str, protocol: int) -> No
     for name, tensor in tensors.items():
         found = checkpoint.tree['state_dict'][name]
         assert (found.shape, found.tobytes()) == bits_of(tensor), name
-        assert found.dtype == dtype_of(name) if name in DTYPES else np.float32
+        assert found.dtype == (dtype_of(name) if name in DTYPES else np.float32)
         assert_mapped(found)
 
 

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import flax_vit.folders.pretrained
 from flax_vit import DeepViT, PretrainedWarning, from_pretrained, save_pretrained
+from flax_vit.checks import pair
 from flax_vit.folders.config import read_config
 from flax_vit.folders.pretrained import read_golden
 from parity_tests.support.small_models import MODELS, assert_equal, variables_of
@@ -372,6 +373,19 @@ def test_the_card_says_what_is_known(tmp_path: pathlib.Path) -> None:
     assert 'parts' not in card
     save_pretrained(tmp_path, MODELS['deep'], variables_of(MODELS['deep']))
     assert not (tmp_path / 'README.md').exists()  # a card of another model would be false
+
+
+def test_the_card_of_channels_first(tmp_path: pathlib.Path) -> None:
+    model = MODELS['simple'].clone(image_format='channels_first')
+    save_pretrained(tmp_path, model, variables_of(model), source={'trained': 'here'})
+    (height, width), channels = pair(model.image_size), model.channels
+    assert f'floats (batch, {channels}, {height}, {width})' in (tmp_path / 'README.md').read_text()
+
+
+def test_a_configuration_of_a_hundred_thousand_lists(tmp_path: pathlib.Path) -> None:
+    (tmp_path / 'config.json').write_text('[' * 200_000)
+    with pytest.raises(ValueError, match='is not the configuration of a model'):
+        from_pretrained(tmp_path)
 
 
 def test_a_card_that_was_edited_is_kept(tmp_path: pathlib.Path) -> None:

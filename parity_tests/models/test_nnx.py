@@ -101,6 +101,7 @@ def test_train_and_eval(model: Any, variables: Any) -> None:
     assert dropped == (not isinstance(model, SimpleViT))
     module.train()
     assert np.array_equal(call(module), evaluated) != dropped
+    assert np.allclose(module(images=IMAGES), evaluated, atol=1e-5) != dropped
     assert np.array_equal(call(module, train=False), evaluated)
     module.eval()
     assert np.array_equal(call(module), evaluated)

@@ -17,7 +17,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as orbax
 
@@ -26,6 +26,7 @@ from flax_vit import (
     PretrainedWarning,
     SimpleViT,
     ViT,
+    features,
     from_nnx,
     from_pretrained,
     save_pretrained,
@@ -294,6 +295,16 @@ def test_what_is_no_mesh_and_no_rule(one: Mesh, folders: dict[str, pathlib.Path]
         from_pretrained(folder, mesh=one, sharding_rules=[('kernel(', P('model'))])
     with pytest.raises(ValueError, match=r'sharding_rules say .*: give mesh, too'):
         from_pretrained(folder, sharding_rules=())
+
+
+def test_as_many_images_as_blocks() -> None:
+    """Scanned blocks have an axis in front of the images, which is not theirs to split."""
+    mesh = jax.make_mesh((1,), ('data',))
+    model = SimpleViT(image_size=8, patch_size=4, num_classes=3, dim=8, depth=2, heads=2, mlp_dim=8, scan_layers=True)
+    images = jax.device_put(np.ones((2, 8, 8, 3), np.float32), NamedSharding(mesh, P('data')))
+    seen = features(model, variables_of(model), images, attention=True)
+    for array in jax.tree.leaves((seen.tokens, seen.attention)):
+        assert array.sharding.spec[0] == 'data'
 
 
 def test_the_state_of_an_nnx_module(one: Mesh) -> None:

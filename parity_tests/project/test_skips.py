@@ -18,7 +18,7 @@ def test_skipped():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('ci', 'status'), [('true', 1), ('1', 1), ('false', 0), ('', 0)])
+@pytest.mark.parametrize(('ci', 'status'), [('true', 1), ('', 0)])
 def test_a_skip_is_said_and_fails_in_ci(ci: str, status: int, tmp_path: pathlib.Path) -> None:
     (tmp_path / 'test_it.py').write_text(SKIPPED)
     ended = subprocess.run(

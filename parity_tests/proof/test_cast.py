@@ -37,8 +37,16 @@ def run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float64'])
-@pytest.mark.parametrize('more', [[], ['--verify'], ['--num-classes', '0']], ids=' '.join)
+@pytest.mark.parametrize(
+    ('dtype', 'more'),
+    [
+        ('bfloat16', []),
+        ('float16', []),
+        ('float64', []),
+        ('bfloat16', ['--verify']),
+        ('bfloat16', ['--num-classes', '0']),
+    ],
+)
 def test_a_cast_folder_is_proven_against_weights_cast_alike(run: Any, dtype: str, more: list[str]) -> None:
     status, printed, complaint = run('convert', 'deep.pt', 'out', '--param-dtype', dtype, *more)
     assert status == 0, printed + complaint
@@ -68,11 +76,9 @@ def test_one_weight_of_a_cast_folder_that_is_another_is_wrong(run: Any) -> None:
 
 def test_weights_rounded_twice_are_wrong(run: Any) -> None:
     """What was rounded to bfloat16 on the way is not the source's cast to float32."""
-    state_dict = torch.load('deep.pt')
     model, rounded = convert.from_torch(
         'deep.pt', pool='cls', dropout=0.0, emb_dropout=0.0, channels=3, param_dtype='bfloat16'
     )
     save_pretrained('out', model.clone(param_dtype='float32'), jax.tree.map(lambda a: a.astype(jnp.float32), rounded))
-    assert state_dict
     status, printed, _ = run('verify', 'deep.pt', 'out')
     assert (status, 'rounded to bfloat16' in ' '.join(printed.split())) == (1, True)

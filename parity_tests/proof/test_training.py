@@ -20,6 +20,7 @@ from parity_tests.support.reference import (
     channels_first,
     check,
     converted,
+    quickly,
     random_images,
     relative_error,
 )
@@ -55,7 +56,7 @@ def training_errors(configuration: Configuration, optimizer: str) -> dict[str, f
         logits: Any = model.apply(variables, images)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    @jax.jit
+    @quickly
     def step(variables: Any, state: Any, images: jax.Array) -> tuple[Any, Any]:
         updates, state = ours.update(jax.grad(loss)(variables, images), state, variables)
         return optax.apply_updates(variables, updates), state
@@ -97,7 +98,7 @@ def test_gradients_with_the_same_dropout_masks(float64: None) -> None:
         return (logits * weights).sum()
 
     with nn.intercept_methods(ours.intercept):
-        gradients = convert.to_torch(model, jax.grad(loss)(variables))
+        gradients = convert.to_torch(model, quickly(jax.grad(loss))(variables))
     assert ours.asked == theirs.asked
     truth = {
         name: parameter.grad.numpy() for name, parameter in module.named_parameters() if parameter.grad is not None

@@ -7,7 +7,6 @@ import re
 from itertools import pairwise
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -24,7 +23,7 @@ from convert.recognition.unwrap import unwrap
 from flax_vit import SimpleViT, ViT
 from flax_vit.architectures import MODELS
 from parity_tests.golden.make import FOLDER, GOLDEN, arguments_of
-from parity_tests.support.reference import FLOAT64_BOUND, relative_error
+from parity_tests.support.reference import FLOAT64_BOUND, quickly, relative_error
 
 OF_VIT_PYTORCH = [layout for layout in layouts_of_all() if layout.source == 'vit-pytorch']
 CONVERTED = [name for name in GOLDEN if not name.startswith('S2')]
@@ -115,14 +114,14 @@ def test_a_release_is_recognised_and_computed(name: str, float64: None) -> None:
     fields = {'dim_head': 4} | arguments(name) | old  # ViT's first releases had dim / heads
     assert model == type(model)(**fields, param_dtype=np.dtype('float64'))
     _, truth = golden(name)
-    assert relative_error(jax.jit(model.apply)(variables, truth['images']), truth['logits']) <= FLOAT64_BOUND
+    assert relative_error(quickly(model.apply)(variables, truth['images']), truth['logits']) <= FLOAT64_BOUND
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ONE_OF_EACH)
 def test_verify_compares_with_what_the_release_computed(name: str) -> None:
     """The reference is put together from today's parts: here it is held against the old release's own outputs."""
-    report = convert.verify(FOLDER / f'{name}.pt', **fields_of(name), count=2)
+    report = convert.verify(FOLDER / f'{name}.pt', **fields_of(name), count=2, dtype='float64')
     assert report.right
     _, truth = golden(name)
     images = truth['images']
@@ -143,7 +142,7 @@ def test_the_features_of_a_release(name: str, float64: None) -> None:
     fields = fields_of(name, head=False) | {'param_dtype': 'float64'}
     with pytest.warns(convert.ConversionWarning, match=r'Left aside.*_head: (6|4|2) tensors'):
         model, variables = convert.from_torch(FOLDER / f'{name}.pt', **fields)
-    assert relative_error(jax.jit(model.apply)(variables, images), features) <= FLOAT64_BOUND
+    assert relative_error(quickly(model.apply)(variables, images), features) <= FLOAT64_BOUND
 
 
 def test_the_golden_releases_differ_where_they_should() -> None:
@@ -166,7 +165,7 @@ def test_a_layout_of_an_older_function_computes_another(float64: None) -> None:
         for name, tensor in tensors.items()
     }
     model, variables = convert.from_torch(renamed, **fields_of('S3-1.4.1'), param_dtype='float64')
-    assert relative_error(jax.jit(model.apply)(variables, truth['images']), truth['logits']) > 1e-3
+    assert relative_error(quickly(model.apply)(variables, truth['images']), truth['logits']) > 1e-3
 
 
 @pytest.mark.parametrize(('name', 'scale_by_dim'), [('V1-0.6.5', True), ('V2-0.6.8', False)])
@@ -185,7 +184,7 @@ def test_a_release_tells_what_its_names_do_not(name: str, scale_by_dim: bool, fl
     for release in (GOLDEN[name][0], {'V1': '0.3.0', 'V2': '0.6.7'}[layout_of(name)]):
         model, variables = convert.from_torch(path, **told, release=release, param_dtype='float64')
         assert model.scale_by_dim is scale_by_dim
-        assert relative_error(jax.jit(model.apply)(variables, truth['images']), truth['logits']) <= FLOAT64_BOUND
+        assert relative_error(quickly(model.apply)(variables, truth['images']), truth['logits']) <= FLOAT64_BOUND
     inspection = convert.inspect(path, **told, release=GOLDEN[name][0])
     assert inspection.layout.id == layout_of(name)
     assert inspection.fields['scale_by_dim'].how == 'inferred'
@@ -219,7 +218,7 @@ def test_a_class_token_before_1_4_goes_under_todays_names(float64: None) -> None
     module = vit.ViT(**arguments('V5-1.2.9') | {'pool': 'cls'}).double().eval()
     module.load_state_dict({name: torch.tensor(array) for name, array in written.items()})
     logits = module(torch.tensor(truth['images'])).detach().numpy()
-    assert relative_error(jax.jit(model.apply)(variables, truth['images']), logits) <= FLOAT64_BOUND
+    assert relative_error(quickly(model.apply)(variables, truth['images']), logits) <= FLOAT64_BOUND
     assert relative_error(logits, truth['logits']) > 1e-3  # the mean's
 
 

@@ -1,6 +1,7 @@
 """The papers' own checkpoints: what their code and trainers wrote, read, and written back bit for bit."""
 
 import argparse
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -233,15 +234,16 @@ def test_export_writes_what_their_code_reads(tmp_path: Path) -> None:
 
 def test_wrong_fields_are_told() -> None:
     usual: Any = {'image_size': 8, 'patch_size': 4, 'num_classes': 3, 'dim': 12, 'depth': 2, 'heads': 3, 'mlp_dim': 5}
-    for wrong, message in {
-        'reattention': 'must be the numbers of blocks, from 0 to 1 in order',
-        'scale_adjustment': 'must be a number above 0',
-        'dim': 'must be a multiple of heads=3',
-        'drop_path': 'must be a rate from 0 to 1',
-    }.items():
-        value = {'reattention': (1, 0), 'scale_adjustment': -0.5, 'dim': 13, 'drop_path': 2.0}[wrong]
-        with pytest.raises(ValueError, match=message):
-            OfficialDeepViT(**usual | {wrong: value})
+    for wrong, values, message in (
+        ('reattention', [(1, 0), (0.0,), 'all'], 'must be the numbers of blocks, from 0 to 1 in order'),
+        ('scale_adjustment', [-0.5, 'x', math.inf, True], 'must be a number above 0'),
+        ('dim', [13], 'must be a multiple of heads=3'),
+        ('drop_path', [2.0], 'must be a rate from 0 to 1'),
+        ('cnn_stem', ['no'], 'must be True or False'),
+    ):
+        for value in values:
+            with pytest.raises(ValueError, match=message):
+                OfficialDeepViT(**usual | {wrong: value})
     with pytest.raises(ValueError, match='with cnn_stem, patch_size must be even'):
         OfficialDeepViT(**usual | {'patch_size': 1, 'cnn_stem': True})
     with pytest.raises(ValueError, match='multiple of 4 for the sincos table, and of heads=3'):

@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -16,7 +15,7 @@ import torch
 import convert
 from convert import ConversionError
 from parity_tests.golden.make import FIELDS_OF, architecture, arguments_of, download, random_images, reference
-from parity_tests.support.reference import FLOAT64_BOUND, QK_NORM, REGISTERS, perturbed, relative_error
+from parity_tests.support.reference import FLOAT64_BOUND, perturbed, quickly, relative_error
 
 pytestmark = pytest.mark.releases
 
@@ -27,8 +26,8 @@ SIMPLE: dict[str, list[str | None]] = {
 }
 # Others' files of a SimpleViT.
 FILES: dict[str, tuple[str, list[str | None]]] = {
-    'S3R': (REGISTERS, ['1.5.0', '1.6.0', None]),
-    'S3Q': (QK_NORM, ['1.4.2', '1.5.0', None]),
+    'S3R': ('simple_vit_with_register_tokens', ['1.5.0', '1.6.0', None]),
+    'S3Q': ('simple_vit_with_qk_norm', ['1.4.2', '1.5.0', None]),
 }
 DEEP: dict[str, list[str | None]] = {
     'D0': ['0.9.0', '0.29.1', '0.30.0', '0.40.2'],
@@ -96,7 +95,7 @@ def test_a_release(model: str, layout: str, version: str | None, file: str | Non
         name: tensor.numpy().tobytes() for name, tensor in state_dict.items()
     }
     truth = reference(module, images)['logits']
-    assert relative_error(jax.jit(port.apply)(variables, images), truth) <= FLOAT64_BOUND
+    assert relative_error(quickly(port.apply)(variables, images), truth) <= FLOAT64_BOUND
     told = {} if hasattr(module, 'pos_embedding') else {'image_size': FIELDS_OF[model]['image_size']}
     assert convert.inspect(module, **told).model == port
 
@@ -144,7 +143,7 @@ def test_a_release_of_vit(layout: str, version: str | None, others: dict[str, An
     images = random_images(arguments)
     small = [images] if layout in ('V0a', 'V0b', 'V0', 'V7') else [images, images[:, :, :4, :-2]]
     for each in small:  # the earliest releases, and by mistake 1.16.0, take no smaller ones
-        assert relative_error(jax.jit(port.apply)(variables, each), reference(module, each)['logits']) <= FLOAT64_BOUND
+        assert relative_error(quickly(port.apply)(variables, each), reference(module, each)['logits']) <= FLOAT64_BOUND
     newest = convert.to_torch(port, variables)
     if convert.inspect(newest, **{k: v for k, v in told.items() if k != 'release'}).layout.id == 'V8':
         today = architecture(wheels(None), 'ViT')(**arguments_of('ViT', None, **others)).double().eval()
@@ -166,4 +165,4 @@ def test_patch_dropout_is_simple_vit_at_rest(version: str | None, layout: str, w
     assert convert.inspect(module.state_dict(), **fields).layout.id == layout
     port, variables = convert.from_torch(module, image_size=fields['image_size'])
     images = random_images(fields)
-    assert relative_error(jax.jit(port.apply)(variables, images), reference(module, images)['logits']) <= FLOAT64_BOUND
+    assert relative_error(quickly(port.apply)(variables, images), reference(module, images)['logits']) <= FLOAT64_BOUND

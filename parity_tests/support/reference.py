@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -29,6 +29,11 @@ ROUNDING_RATIO = 3  # in less than float64: the port's error over PyTorch's
 
 # Compiles in half the time, for float64; what measures rounding compiles as everybody does.
 QUICK = {'xla_backend_optimization_level': 0}
+
+
+def quickly(function: Callable[..., Any]) -> Any:
+    """`jax.jit` for float64, that compiles in half the time."""
+    return jax.jit(function, compiler_options=QUICK)
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,7 +275,7 @@ def port_outputs(model: nn.Module, variables: Any, images: Any, *, train: bool =
     def apply(variables: Any, images: Any) -> Any:
         return model.apply(variables, images, train=train, capture_intermediates=True, mutable=['intermediates'])
 
-    _, state = jax.jit(apply, compiler_options=QUICK)(variables, images)
+    _, state = quickly(apply)(variables, images)
     flat = {path: np.asarray(output) for path, (output,) in flatten_dict(state['intermediates']).items()}
     if model.scan_layers:
         flat = flatten_dict(unstack_layers(unflatten_dict(flat)))
@@ -346,7 +351,7 @@ def gradient_errors(module: torch.nn.Module, model: nn.Module, variables: Any, i
     def loss(variables: Any, images: Any) -> jax.Array:
         return (model.apply(variables, images) * weights).sum()
 
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK)
+    gradient = quickly(jax.grad(loss, argnums=(0, 1)))
     gradients, image_gradient = gradient(variables, jnp.asarray(images))
     ours = convert.to_torch(model, gradients) | {'images': np.asarray(image_gradient)}
     ours = {name: gradient for name, gradient in ours.items() if gradient.size}
