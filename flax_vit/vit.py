@@ -113,13 +113,9 @@ class ViT(Model):
     HEAD: ClassVar[str] = 'mlp_head'
     TRANSFORMER: ClassVar[type[nn.Module]] = Transformer
     POSITIONS: ClassVar[str | None] = 'pos_embedding'
-    # Fields that make other functions of them.
+    # Fields that make other functions of them, and how its parameters are split over a mesh.
     SAME_WEIGHTS: ClassVar[Sequence[str]] = ('heads', 'dim_head', 'pool', 'scale_by_dim')
-    SPLIT: ClassVar[Rules] = (
-        (r'mlp_head(_1)?/kernel$', COLUMNS),
-        (r'mlp_head_4/kernel$', ROWS),
-        *SHARED,
-    )  # of its parameters over a mesh
+    SPLIT: ClassVar[Rules] = ((r'mlp_head(_1)?/kernel$', COLUMNS), (r'mlp_head_4/kernel$', ROWS), *SHARED)
 
     image_size: int | tuple[int, int]  # pixels, (height, width) when not square; smaller images use the first positions
     patch_size: int | tuple[int, int]  # pixels, likewise; it divides image_size

@@ -33,6 +33,14 @@ def float64() -> Iterator[None]:
 
 
 @pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled in the test takes half the time: for float64 alone, not where rounding is judged."""
+    from parity_tests.support.reference import quickly
+
+    monkeypatch.setattr(jax, 'jit', quickly)
+
+
+@pytest.fixture
 def threefry() -> Iterator[None]:
     """Random numbers as the processes draw them that a test starts, and as users have them."""
     with jax.default_prng_impl('threefry2x32'):

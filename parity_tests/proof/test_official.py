@@ -92,7 +92,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     return MODELS[request.param]
 
 
-def test_the_port_is_proven(model: Any) -> None:
+def test_the_port_is_proven(model: Any, quick: None) -> None:
     """In float64 outputs to 1e-12 and gradients to 1e-11, every part and every parameter."""
     tensors = checkpoint(model, random_module(model))
     inspection = inspect(tensors, **told(model))
@@ -236,7 +236,7 @@ SLIPS: dict[str, tuple[str, Mapping[str, Any], str]] = {
 
 
 @pytest.mark.parametrize('slip', slow_but('another scale_adjustment', SLIPS))
-def test_causes_are_named(slip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_causes_are_named(slip: str, monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     name, wrong, words = SLIPS[slip]
     right: Any = MODELS[name]
     tensors = checkpoint(right, random_module(right))
@@ -253,7 +253,7 @@ def test_causes_are_named(slip: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_padding_of_the_stem_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_of_the_stem_is_told(monkeypatch: pytest.MonkeyPatch, quick: None) -> None:
     right: Any = MODELS['deep, stem']
     tensors = checkpoint(right, random_module(right))
     ported = convert.from_torch(tensors, **told(right))
@@ -266,7 +266,7 @@ def test_padding_of_the_stem_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(('name', 'part'), [('deep, stem', 'patch embedding'), ('deep, patches', 'block 0 attention')])
-def test_the_statistics_of_a_batch_are_told(name: str, part: str) -> None:
+def test_the_statistics_of_a_batch_are_told(name: str, part: str, quick: None) -> None:
     """Of all its images: no single one tells them."""
     right: Any = MODELS[name]
     tensors = checkpoint(right, random_module(right))
@@ -322,7 +322,7 @@ def test_numpy_rounds_as_the_port_does(dtype: str) -> None:
     ('deep, stem', ('transformer', 'layers_1_0', 'reatten_matrix', 'kernel'), r'reatten_matrix\.weight transposed'),
     ('deep, patches', ('to_patch_embedding_1', 'kernel'), "not the source's"),
 ])  # fmt: skip
-def test_wrong_parameters_are_named(name: str, path: tuple[str, ...], words: str) -> None:
+def test_wrong_parameters_are_named(name: str, path: tuple[str, ...], words: str, quick: None) -> None:
     right: Any = MODELS[name]
     tensors = checkpoint(right, random_module(right))
     model, variables = convert.from_torch(tensors, **told(right))

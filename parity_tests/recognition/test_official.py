@@ -232,6 +232,7 @@ def test_export_writes_what_their_code_reads(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.usefixtures('unchecked')
 def test_wrong_fields_are_told() -> None:
     usual: Any = {'image_size': 8, 'patch_size': 4, 'num_classes': 3, 'dim': 12, 'depth': 2, 'heads': 3, 'mlp_dim': 5}
     for wrong, values, message in (
