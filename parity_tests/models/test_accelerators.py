@@ -46,7 +46,7 @@ def chunks_of_queries_take_a_quarter_of_the_memory(memory: Any) -> None:
 
 
 def what_the_devices_exchange(name: str, lines: list[str]) -> None:
-    """As many bytes as sharding.py says; how a compiler joins or cuts them is its own affair, but nothing is moved."""
+    """As many bytes as mesh.py says; how a compiler joins or cuts them is its own affair, but nothing is moved."""
     tokens = 196 + (name == 'DeepViT')
     activations = 32 * tokens * 768 * 2  # of a device's images, in bfloat16
     # to_qkv's, three times as wide, are gathered; the patch projection's, to_out's and the feed-forward's are summed
