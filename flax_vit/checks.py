@@ -2,7 +2,7 @@
 
 import dataclasses
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +48,8 @@ def check_fields(model: Any, **smallest: int) -> None:
         value: Any = getattr(model, name, None)
         if name not in types or (value is None and types[name] == int | None):
             continue
-        pair_of_sides = isinstance(value, tuple) and len(value) == 2 and types[name] is not int
-        numbers = value if pair_of_sides else (value,)
+        takes_two = tuple[int, int] in get_args(types[name])
+        numbers = value if takes_two and isinstance(value, tuple) and len(value) == 2 else (value,)
         whole = all(isinstance(n, Integral) and not isinstance(n, bool) and int(n) >= least for n in numbers)
         check(whole, name, f'a whole number from {least} up')
     for name in types:

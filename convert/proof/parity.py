@@ -179,13 +179,12 @@ def verify(
         else:
             images = random.standard_normal((count, *input_shape(inspection.model)), np.float32)
         model = reads_channels_last(model)
-        parts = labels(inspection.model)
         side = TorchSide if architecture_of(model).truth == 'PyTorch' else NumpySide
         torch, flax = side(inspection, tensors), FlaxSide(model, variables)
         logits = jax.eval_shape(model.apply, variables, images)
         weights = random.standard_normal(logits.shape) if gradients else None
-        outputs, rows = measured(torch, flax, parts, images, weights, dtype)
-        rows, gradient_rows = rows[: len(parts)], rows[len(parts) :]
+        outputs, rows = measured(torch, flax, images, weights, dtype)
+        rows, gradient_rows = rows[: len(outputs)], rows[len(outputs) :]
         worst = images[rows[-1].worst[0]][None]
         why = explain(torch, flax, dtype, images, rows, outputs)
         maps = attention_maps(torch, flax, worst) if attention else {}
@@ -209,12 +208,7 @@ def verify(
 
 
 def measured(
-    torch: TorchSide,
-    flax: FlaxSide,
-    parts: Mapping[str, str],
-    images: np.ndarray,
-    weights: np.ndarray | None,
-    dtype: str,
+    torch: TorchSide, flax: FlaxSide, images: np.ndarray, weights: np.ndarray | None, dtype: str
 ) -> tuple[dict[str, Sides], list[Row]]:
     """The outputs of the parts, and a row for each, and for each gradient of the sum of weights x logits."""
 
@@ -223,19 +217,14 @@ def measured(
         moves = {name: np.subtract(tensors[name], tensor, dtype=np.float64) for name, tensor in torch.tensors.items()}
         other = None if weights is None else moved(weights, dtype, run, 'weights')
         sides = type(torch)(torch.inspection, tensors), flax.moved(moves)
-        return measured_once(*sides, parts, moved(images, dtype, run, 'images'), other, dtype)[1]
+        return measured_once(*sides, moved(images, dtype, run, 'images'), other, dtype)[1]
 
-    outputs, rows = measured_once(torch, flax, parts, images, weights, dtype)
+    outputs, rows = measured_once(torch, flax, images, weights, dtype)
     return outputs, settled(rows, again)
 
 
 def measured_once(
-    torch: TorchSide,
-    flax: FlaxSide,
-    parts: Mapping[str, str],
-    images: np.ndarray,
-    weights: np.ndarray | None,
-    dtype: str,
+    torch: TorchSide, flax: FlaxSide, images: np.ndarray, weights: np.ndarray | None, dtype: str
 ) -> tuple[dict[str, Sides], list[Row]]:
     """Likewise, of a single run."""
 
@@ -246,6 +235,7 @@ def measured_once(
             theirs, ours = (getattr(side, run)(dtype, images, argument) for side in (torch, flax))
         return {name: Sides(truth[name], theirs[name], exact[name], ours[name]) for name in truth}
 
+    parts = labels(torch.inspection.model)
     outputs = sides('outputs', list(parts))
     rows = [compare(name, label, OUTPUT_LIMIT, dtype, outputs[name]) for name, label in parts.items()]
     if weights is not None:

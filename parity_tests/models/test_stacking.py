@@ -189,7 +189,14 @@ def test_dropout_in_every_way(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ('field', 'value'), [('query_chunk_size', 0), ('query_chunk_size', 2.5), ('remat', 1), ('scan_layers', None)]
+    ('field', 'value'),
+    [
+        ('query_chunk_size', 0),
+        ('query_chunk_size', 2.5),
+        ('query_chunk_size', (2, 2)),
+        ('remat', 1),
+        ('scan_layers', None),
+    ],
 )
 def test_options_that_make_no_sense(field: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)  # as users have it

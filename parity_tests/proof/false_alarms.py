@@ -26,7 +26,7 @@ import convert
 from convert.conversion import place
 from convert.proof.flax_side import FlaxSide
 from convert.proof.measure import Row
-from convert.proof.parity import labels, measured, tensors_as_converted
+from convert.proof.parity import measured, tensors_as_converted
 from convert.proof.torch_side import TorchSide
 from parity_tests.support.reference import Configuration, deep_vit, perturbed, pytorch, simple_vit, vit
 
@@ -85,7 +85,7 @@ def results(ports: int, dtypes: Sequence[str] = DTYPES, *, most_heads: int = 8, 
             random = np.random.default_rng(port)
             images = random.standard_normal((count, *configuration.image, 3), np.float32)
             weights = random.standard_normal((count, inspection.model.num_classes))
-            _, rows = measured(TorchSide(inspection, tensors), flax, labels(inspection.model), images, weights, dtype)
+            _, rows = measured(TorchSide(inspection, tensors), flax, images, weights, dtype)
         yield Result(f'{name}, {heads} heads', dtype, count, scale, seed, rows)
 
 
