@@ -184,7 +184,7 @@ def test_a_transformer_alone_has_only_blocks(depth: int, tmp_path: pathlib.Path)
     alone = simple_vit.Transformer(dim=8, depth=depth, heads=2, dim_head=4, mlp_dim=6)
     report = convert.verify(alone, count=1, dtype='float64')
     text = text_of(page_of(report, tmp_path))
-    assert '(batch, tokens, dim)' in text
+    assert re.search(r'Tokens [\d ×]+ \(batch, tokens, dim\)', text)
     drawing = base64.b64decode(convert.proof.plots.errors(figures_of(report)).partition(',')[2]).decode()
     assert [f'block {block}' in drawing for block in range(3)] == [block < depth for block in range(3)]
     assert all(('tokens' in drawing, 'logits' not in drawing, 'embedding' not in drawing))
