@@ -67,7 +67,8 @@ def all_cases(*, gpu: bool) -> list[Case]:
 def measure(case: Case, rounds: int, side: int) -> dict[str, Any]:
     """Every way of a case in turn; seconds, ratios to eager PyTorch's, share of the ceiling, compilation, memory."""
     names = [name for name in WAYS if name != 'fused attention' or case.model != 'DeepViT']
-    context = multiprocessing.get_context('spawn')
+    context = multiprocessing.get_context('forkserver')  # whose processes have all imported before they start
+    context.set_forkserver_preload(['ways', 'torch', 'vit_pytorch', 'optax', 'flax.linen', 'flax_vit.architectures'])
     pipes, prepared, processes = {}, {}, []
     seconds: dict[str, list[float]] = {name: [] for name in (*names, *PRODUCTS)}
     try:

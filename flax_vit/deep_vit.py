@@ -34,12 +34,12 @@ from flax_vit.layers import (
     embedding_of_smaller_images,
     grid_of,
     in_query_chunks,
-    product,
     sequential,
     softmax,
     with_class_token,
 )
 from flax_vit.mesh import COLUMNS, SHARED, Rules
+from flax_vit.products import product
 
 
 class Attention(Layer):

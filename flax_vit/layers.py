@@ -19,6 +19,7 @@ from jaxtyping import Float, Shaped
 
 from flax_vit.checks import IMAGE_FORMATS, check_fields, floating_dtype, pair
 from flax_vit.mesh import laid_out_by_the_compiler
+from flax_vit.products import product
 
 EPSILON = 1e-5  # of torch.nn.LayerNorm
 
@@ -148,30 +149,6 @@ def at_least_float32(dtype: Dtype) -> Dtype:
 def aligned(parameter: Float[Array, '*shape'], ndim: int) -> Float[Array, '...']:
     """With leading axes of size 1 up to `ndim`: JAX can be told not to broadcast arrays of unlike rank."""
     return jnp.expand_dims(parameter, tuple(range(ndim - parameter.ndim)))
-
-
-def product(
-    equation: str, x: Float[Array, '...'], y: Float[Array, '...'], *, precision: PrecisionLike
-) -> Float[Array, '...']:
-    """`jnp.einsum` of two arrays of one dtype, in that dtype.
-
-    A CPU's units for bfloat16 add up in float32: XLA uses them only if the result is asked for in float32 and rounded
-    afterwards, else it computes in float32, which takes 4 times as long. In the backward pass it computes in float32
-    anyway. Elsewhere it rounds within the product.
-    """
-
-    def plain(x: Array, y: Array) -> Array:
-        return jnp.einsum(equation, x, y, precision=precision)
-
-    def rounded_after(x: Array, y: Array) -> Array:
-        # XLA decides early that the units do a product. If it then drew a transposition into the product that they
-        # don't do (met with a single image), it would find nothing to run it with. Hence the barrier, which is free.
-        one, other = jax.lax.optimization_barrier((x, y))
-        return jnp.einsum(equation, one, other, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
-
-    if x.dtype != jnp.bfloat16:
-        return plain(x, y)
-    return jax.lax.platform_dependent(x, y, cpu=rounded_after, default=plain)
 
 
 def exponentials(

@@ -31,7 +31,6 @@ from flax_vit.layers import (
     at_least_float32,
     gelu,
     grid_of,
-    product,
     sequential,
     softmax,
     to_patches,
@@ -39,6 +38,7 @@ from flax_vit.layers import (
     with_class_token,
 )
 from flax_vit.mesh import COLUMNS, SHARED, Rules
+from flax_vit.products import product
 
 STEM = 64  # channels
 BATCH_NORM_EPSILON, MOMENTUM = 1e-5, 0.1  # of torch.nn.BatchNorm2d

@@ -16,7 +16,7 @@ from flax import linen as nn
 
 import convert
 from flax_vit import stack_layers, unstack_layers
-from flax_vit.layers import product
+from flax_vit.products import product
 from flax_vit.simple_vit import posemb_sincos_2d
 from parity_tests.support.reference import (
     CONFIGURATIONS,

@@ -101,7 +101,7 @@ def test_a_matrix_that_is_off_by_three_millionths(build: Callable[[], torch.nn.M
 
 
 def test_too_coarse_is_not_another_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = flax_vit.layers.product
+    right = flax_vit.products.product
 
     def coarse(equation: str, x: jax.Array, y: jax.Array, **options: Any) -> jax.Array:
         if x.dtype == jnp.float32:
