@@ -50,8 +50,9 @@ bench-all: $(BENCHED)
 	mkdir -p build
 	$(BIN)/python benchmarks/speed.py --all --record --picture build/speed.png
 	$(BIN)/python benchmarks/scaling.py --json build/scaling.json --picture build/scaling.png
-	$(BIN)/python benchmarks/conversion.py --json build/conversion.json
-	$(BIN)/python benchmarks/startup.py --json build/startup.json
+	$(BIN)/python benchmarks/conversion.py --record
+	$(BIN)/python benchmarks/startup.py --record
+	$(BIN)/python benchmarks/parts.py --record
 
 # Memory and compile time on accelerators, in docs/performance.md. None is needed: their compilers are fetched (350 MB).
 plans: $(VENV)/test.installed

@@ -1,6 +1,9 @@
 """Where the time of a forward or of a training step goes, in Flax and in PyTorch, by kind of work.
 
     python benchmarks/parts.py [--model SimpleViT] [--size Ti/16] [--batch 1] [--training]
+    python benchmarks/parts.py --record
+
+The second profiles what docs/performance.md shows, and keeps it there as this processor's.
 
 Both frameworks' own profilers count the milliseconds that each operation runs. XLA fuses operations; a fusion counts as
 what its result is of. It also runs operations at once, so that the sum of their times can exceed the time that passes.
@@ -17,11 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import rich_click as click
+import tables
 from rich.console import Console
 from rich.table import Table
-from ways import SIZES, Case, eager, flax_program
+from ways import SIZES, Case, eager, flax_program, machine
 
 CALLS = 10
+RECORDED = (
+    Case('SimpleViT', 'Ti/16', 1, 'float32', False),
+    Case('SimpleViT', 'S/16', 8, 'float32', False),
+    Case('DeepViT', 'S/16', 8, 'float32', False),
+    Case('ViT', 'S/16', 8, 'float32', True),
+    Case('DeepViT', 'Ti/16', 8, 'float32', True),
+)
 # The first pattern that is found counts; for Flax in the path of modules and operation that XLA keeps.
 FLAX = {
     'optimizer': r'^(?!.*ViT)',
@@ -102,22 +113,28 @@ def timed(call: Callable[[], Any], profile: Any) -> float:
 
 
 @click.command()
-@click.option('--model', type=click.Choice(['SimpleViT', 'DeepViT']), default='SimpleViT', show_default=True)
+@click.option('--model', type=click.Choice(['SimpleViT', 'DeepViT', 'ViT']), default='SimpleViT', show_default=True)
 @click.option('--size', type=click.Choice(list(SIZES)), default='Ti/16', show_default=True)
 @click.option('--batch', type=click.IntRange(1), default=1, show_default=True)
 @click.option('--training', is_flag=True, help='A training step instead of a forward.')
-def main(model: str, size: str, batch: int, training: bool) -> None:
+@click.option(
+    '--record', is_flag=True, help="The cases of docs/performance.md instead, kept there as this processor's."
+)
+def main(model: str, size: str, batch: int, training: bool, record: bool) -> None:
     """Profile one case, in float32 on the CPU."""
     os.environ.update(JAX_PLATFORMS='cpu', CUDA_VISIBLE_DEVICES='-1')  # before either framework is imported
-    case = Case(model, size, batch, 'float32', training)
-    (flax_total, flax), (pytorch_total, pytorch) = flax_times(case), pytorch_times(case)
-    table = Table('milliseconds', 'Flax', 'PyTorch eager', title=str(case))
-    for name in FLAX:
-        if name in flax or name in pytorch:
-            table.add_row(name, f'{flax.get(name, 0):.2f}', f'{pytorch.get(name, 0):.2f}')
-    table.add_section()
-    table.add_row('time that passes, with the profiler', f'{flax_total:.2f}', f'{pytorch_total:.2f}')
-    Console().print(table)
+    profiles: dict[str, dict[str, list[float]]] = {}
+    for case in RECORDED if record else [Case(model, size, batch, 'float32', training)]:
+        (flax_total, flax), (pytorch_total, pytorch) = flax_times(case), pytorch_times(case)
+        profile = {name: [flax.get(name, 0), pytorch.get(name, 0)] for name in FLAX if name in flax or name in pytorch}
+        profile['wall time, with the profiler'] = [flax_total, pytorch_total]
+        profiles[str(case)] = profile
+        table = Table('milliseconds', 'Flax', 'PyTorch eager', title=str(case))
+        for name, both in profile.items():
+            table.add_row(name, *(f'{milliseconds:.2f}' for milliseconds in both))
+        Console().print(table)
+    if record:
+        tables.record(machine(), profiles={'cases': profiles})
 
 
 if __name__ == '__main__':

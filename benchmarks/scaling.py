@@ -1,11 +1,12 @@
 """What the options are for: memory against the number of tokens, compile time against the depth.
 
-    python benchmarks/scaling.py [--target 'TPU v5e'] [--json FILE] [--picture FILE]
+    python benchmarks/scaling.py [--target 'TPU v5e'] [--only PART] [--json FILE] [--picture FILE]
 
 Tokens: one S/16-wide block of each model; the memory that XLA plans for temporaries of the compiled forward and of its
 gradient, with the attention map held whole and in chunks of queries, and the time: of the forward wherever its memory
 is there, of the gradient up to 4,096 patches. Depth: the time to compile the forward and the training step of small
-models, layer by layer, scanned, and scanned with remat. For a target that is not here everything is only compiled.
+models, layer by layer, scanned, and scanned with remat. For a target that is not here everything is only compiled,
+and the plain and the fused attention besides, in bfloat16.
 """
 
 import json
@@ -26,6 +27,8 @@ SIDES = (16, 32, 64, 128)  # of the grid of patches: 256 to 16,384 patches
 TIMED = 64  # the largest grid of which the gradient is run, too, and not only compiled: it would take minutes
 FITS = 4 * 2**30  # bytes; a forward that needs more is only compiled
 DEPTHS = (8, 64)
+ATTENTION = ('plain', 'fused')
+PARTS = ('tokens', 'fused', 'depth')
 
 
 def build(name: str, sharding: Any, **fields: Any) -> Any:
@@ -67,13 +70,13 @@ def filled(shapes: Any) -> Any:
     return jax.tree.map(lambda shape: 0.1 * jax.random.normal(jax.random.key(0), shape.shape), shapes)
 
 
-def tokens(name: str, side: int, chunk: int | None, repetitions: int, sharding: Any) -> dict[str, Any]:
+def tokens(name: str, side: int, chunk: int | None, repetitions: int, sharding: Any, **options: Any) -> dict[str, Any]:
     """Memory and seconds of the forward and its gradient, with `side` x `side` patches; None where there are none."""
     import jax
 
     fields = {'image_size': 2 * side, 'patch_size': 2, 'dim': 384, 'depth': 1, 'heads': 6, 'mlp_dim': 1536}
-    model, variables, images = build(name, sharding, **fields, query_chunk_size=chunk)
-    row: dict[str, Any] = {'model': name, 'tokens': side**2 + (name == 'DeepViT'), 'chunk': chunk}
+    model, variables, images = build(name, sharding, **fields, query_chunk_size=chunk, **options)
+    row: dict[str, Any] = {'model': name, 'tokens': side**2 + (name != 'SimpleViT'), 'chunk': chunk, **options}
     for what, function in {'forward': model.apply, 'gradient': gradient(model)}.items():
         row |= {f'{what}_bytes': None, f'{what}_seconds': None}
         try:
@@ -134,7 +137,8 @@ def show(console: Console, by_tokens: list[dict[str, Any]], by_depth: list[dict[
             for what in ('forward', 'gradient')
             for kind, unit, form in (('bytes', 2**20, '{:,.0f}'), ('seconds', 1, '{:.2f}'))
         ]
-        memory.add_row(row['model'], f'{row["tokens"]:,}', str(row['chunk'] or 'all'), *figures)
+        at_once = ', '.join(filter(None, (str(row['chunk'] or 'all'), row.get('attention'))))
+        memory.add_row(row['model'], f'{row["tokens"]:,}', at_once, *figures)
     console.print(memory)
     depth = Table('model', 'depth', 'options', 'forward: compile s', 'training step: compile s')
     for row in by_depth:
@@ -176,10 +180,17 @@ def draw(by_tokens: list[dict[str, Any]], target: Path) -> None:
     show_default=True,
     help="Where accelerators' compilers are, or come, from the package index.",
 )
+@click.option('--only', type=click.Choice(PARTS), help='One part; of a file that is there, the others stay.')
 @click.option('--json', 'data', type=click.Path(path_type=Path), help='Write every measurement here.')
 @click.option('--picture', type=click.Path(path_type=Path), help='Write memory against tokens here (.png, .svg).')
 def main(
-    quick: bool, repetitions: int, target: str | None, compilers: Path, data: Path | None, picture: Path | None
+    quick: bool,
+    repetitions: int,
+    target: str | None,
+    compilers: Path,
+    only: str | None,
+    data: Path | None,
+    picture: Path | None,
 ) -> None:
     """Measure memory against tokens, and compile time against depth."""
     sharding = None
@@ -193,20 +204,29 @@ def main(
     console = Console(stderr=True)
     grid = [(name, side, chunk) for name in models for side in sides for chunk in (None, CHUNK)]
     about = {**machine(), 'target': target}
-    measured: dict[str, list[dict[str, Any]]] = {'tokens': [], 'depth': []}
+    measured: dict[str, Any] = {'machine': about, **{part: [] for part in PARTS}}
+    if only and data and data.exists():
+        measured = {**json.loads(data.read_text()), only: []}
+    parts = [only] if only else PARTS
 
     def keep(what: str, row: dict[str, Any]) -> None:
-        measured[what].append(row)
+        measured[what].append({**row, 'versions': about['versions']})
         if data:  # after every row: nothing measured is lost
-            data.write_text(json.dumps({'machine': about, **measured}, indent=1))
+            data.write_text(json.dumps(measured, indent=1))
 
-    for which in track(grid, 'Tokens …', console=console):
+    for which in track(grid if 'tokens' in parts else [], 'Tokens …', console=console):
         keep('tokens', tokens(*which, repetitions, sharding))
+    compiled_soon = [
+        side for side in sides if side <= TIMED or target != 'TPU v5e'
+    ]  # which takes many minutes for more
+    ways_to_attend = [(name, side, how) for name in ('SimpleViT', 'ViT') for side in compiled_soon for how in ATTENTION]
+    for name, side, how in track(ways_to_attend if target and 'fused' in parts else [], 'Fused …', console=console):
+        keep('fused', tokens(name, side, None, repetitions, sharding, attention=how, dtype='bfloat16'))
     ways: list[dict[str, bool]] = [{}, {'scan_layers': True}, {'scan_layers': True, 'remat': True}]
-    stack = [(name, depth, options) for name in models for options in ways for depth in depths]
+    stack = [(name, depth, options) for name in models for options in ways for depth in depths if 'depth' in parts]
     for name, depth, options in track(stack, 'Depth …', console=console):
         keep('depth', compilation(name, depth, sharding, **options))
-    show(Console(), measured['tokens'], measured['depth'])
+    show(Console(), measured['tokens'] + measured['fused'], measured['depth'])
     if picture:
         draw(measured['tokens'], picture)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py [--quick | --all] [--only PATTERN] [--record] [--json FILE] [--picture FILE]
 
---record keeps the figures in docs/figures/speed, in the file of this machine's processor, and makes the tables of
+--record keeps the figures in docs/figures/processors, in the file of this machine's processor, and makes the tables of
 docs/performance.md anew (`tables.py`).
 
 Every way runs in a process of its own. They run in turn, a quarter of a second each, round after round, so that all
@@ -39,7 +39,6 @@ def telling_cases() -> list[Case]:
     return [
         *usual,
         Case('SimpleViT', 'README', 8, 'float32', False),
-        Case('DeepViT', 'Ti/16', 1, 'float32', False),
         Case('ViT', 'B/16', 1, 'float32', False),
         Case('ViT', 'S/16', 8, 'bfloat16', False),
         Case('ViT', 'S/16', 8, 'float32', True),

@@ -1,12 +1,12 @@
 """From a command to its result: what a user waits for, imports and compilation included.
 
-    python benchmarks/startup.py [--repetitions 9] [--json FILE]
+    python benchmarks/startup.py [--repetitions 9] [--record]
 
 Each command is a process of its own; all are run in turn, so that all meet the same machine, and the files are in the
-page cache. `verify` runs with an empty cache of compiled programs and with what the run before it kept.
+page cache. `verify` runs with an empty cache of compiled programs and with what the run before it kept. --record keeps
+the figures in docs/, as this processor's.
 """
 
-import json
 import os
 import shutil
 import statistics
@@ -17,8 +17,10 @@ import time
 from pathlib import Path
 
 import rich_click as click
+import tables
 from rich.console import Console
 from rich.table import Table
+from ways import machine
 
 DIGITS = Path(__file__).parents[1] / 'examples' / 'digits'
 SIMPLE = [str(DIGITS / 'simple_vit.pt'), '--image-size', '8', '--patch-size', '4', '--heads', '3']
@@ -44,8 +46,8 @@ COMMANDS = {
 
 @click.command()
 @click.option('--repetitions', type=click.IntRange(1), default=9, show_default=True)
-@click.option('--json', 'report', type=click.Path(path_type=Path), help='Write every measurement here.')
-def main(repetitions: int, report: Path | None) -> None:
+@click.option('--record', is_flag=True, help="Keep the figures as this processor's in docs/, in its tables, too.")
+def main(repetitions: int, record: bool) -> None:
     """Measure every command in turn, several times, and print medians."""
     measured: dict[str, list[float]] = {name: [] for name in COMMANDS}
     with tempfile.TemporaryDirectory() as folder:
@@ -68,8 +70,8 @@ def main(repetitions: int, report: Path | None) -> None:
         figures = statistics.median(seconds), min(seconds), max(seconds)
         table.add_row(name, *(f'{figure:.2f}' for figure in figures))
     Console().print(table)
-    if report:
-        report.write_text(json.dumps(measured, indent=2))
+    if record:
+        tables.record(machine(), startup={'commands': measured})
 
 
 if __name__ == '__main__':

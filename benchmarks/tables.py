@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, made of the figures in docs/figures; of speed, a column for every processor.
+"""The tables of figures in docs/, made of the files in docs/figures; what a processor measured is a column.
 
     python benchmarks/tables.py
 
@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / 'docs'
-FIGURES = DOCS / 'figures' / 'speed'
-PAGE = DOCS / 'performance.md'
+FIGURES = DOCS / 'figures' / 'processors'
 CASE = ('model', 'size', 'batch', 'dtype', 'training')
 ZEN = {'23': 'Zen 1 or 2', '25': 'Zen 3 or 4', '26': 'Zen 5'}  # by the family that the processor says
 ORDER = {'model': ('ViT', 'SimpleViT', 'DeepViT'), 'size': ('README', 'Ti/16', 'S/16', 'B/16')}
@@ -29,25 +28,36 @@ def title(machine: Mapping[str, Any]) -> str:
     return ', '.join(filter(None, (f'{name} ({zen})' if zen else name, machine['vectors'])))
 
 
-def record(machine: Mapping[str, Any], results: Iterable[Mapping[str, Any]]) -> None:
-    """Keep what was measured in the file of this processor, in place of older figures of the same cases."""
+def record(machine: Mapping[str, Any], results: Iterable[Mapping[str, Any]] = (), **others: Mapping[str, Any]) -> None:
+    """Keep what was measured in the file of this processor, in place of older figures of the same, and in docs/.
+
+    `results`: cases of `speed.py`; `others`: what other benchmarks measured, by their names.
+    """
     target = FIGURES / f'{re.sub("[^a-z0-9]+", "-", title(machine).lower())}.json'
-    kept = json.loads(target.read_text())['cases'] if target.exists() else []
-    measured = {tuple(case[name] for name in CASE): case for case in kept}
-    measured |= {tuple(case[name] for name in CASE): {**case, 'versions': machine['versions']} for case in results}
-    machine = {name: value for name, value in machine.items() if name != 'versions'}
+    kept = json.loads(target.read_text()) if target.exists() else {'cases': []}
+    versions = {'versions': machine['versions']}
+    cases = {tuple(case[name] for name in CASE): case for case in kept['cases']}
+    cases |= {tuple(case[name] for name in CASE): {**case, **versions} for case in results}
+    kept['machine'] = {name: value for name, value in machine.items() if name != 'versions'}
+    kept |= {'cases': list(cases.values()), **{name: {**versions, **figures} for name, figures in others.items()}}
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps({'machine': machine, 'cases': list(measured.values())}, indent=1) + '\n')
-    PAGE.write_text(filled(PAGE.read_text()))
+    target.write_text(json.dumps(kept, indent=1) + '\n')
+    write()
 
 
-def filled(text: str) -> str:
+def write() -> None:
+    """Make all tables anew."""
+    for page in TABLES:
+        (DOCS / page).write_text(filled(page, (DOCS / page).read_text()))
+
+
+def filled(page: str, text: str) -> str:
     """A page with its tables made anew."""
-    for name, make in TABLES.items():
+    for name, make in TABLES[page].items():
         before, start, rest = text.partition(f'<!-- table {name} -->\n\n')
         _, end, after = rest.partition('<!-- end of table -->')
         if not end:
-            raise ValueError(f'{PAGE} has no place for the table {name!r}.')
+            raise ValueError(f'{page} has no place for the table {name!r}.')
         text = f'{before}{start}{make()}\n{end}{after}'
     return text
 
@@ -60,10 +70,55 @@ def markdown(heading: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def by_machine() -> list[dict[str, Any]]:
+    """What each processor measured."""
+    return [json.loads(file.read_text()) for file in sorted(FIGURES.glob('*.json'))]
+
+
+def of_others(name: str, rows_of: Callable[[Mapping[str, Any]], Mapping[str, str]]) -> str:
+    """Of another benchmark than that of speed: the cells of each machine by what their rows are called."""
+    return of_columns({title(each['machine']): rows_of(each[name]) for each in by_machine() if name in each})
+
+
+def startup_cells(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Medians."""
+    return {f'`{command}`': f'{statistics.median(runs):.2f}' for command, runs in figures['commands'].items()}
+
+
+def profiles() -> str:
+    """Milliseconds of Flax and of eager PyTorch by kind of work: a column for every machine and case."""
+    columns = {
+        f'{title(each["machine"])}: {case}': {
+            kind: ' / '.join(f'{milliseconds:.3g}' for milliseconds in both) for kind, both in profile.items()
+        }
+        for each in by_machine()
+        for case, profile in each.get('profiles', {'cases': {}})['cases'].items()
+    }
+    return of_columns(columns)
+
+
+def of_columns(columns: Mapping[str, Mapping[str, str]]) -> str:
+    """A table of its columns' cells, by what the rows are called."""
+    rows = dict.fromkeys(row for cells in columns.values() for row in cells)
+    return markdown(['', *columns], ([row, *(cells.get(row, '–') for cells in columns.values())] for row in rows))
+
+
+def conversion_cells(figures: Mapping[str, Any]) -> dict[str, str]:
+    """Seconds; how many times as long as reading the bytes, round by round; memory, as a share of the file."""
+
+    def cell(runs: Iterable[tuple[float, float, float]]) -> str:
+        seconds, memory, _ = (statistics.median(column) for column in zip(*runs, strict=True))
+        times = (run[0] / floor[0] for run, floor in zip(runs, next(iter(figures['runs'].values())), strict=True))
+        return f'{seconds:.2f} s; {statistics.median(times):.1f}; {memory / figures["bytes"]:.2f}'
+
+    return {way: cell(runs) for way, runs in figures['runs'].items()}
+
+
 def by_processor(wanted: Callable[[dict[str, Any]], bool], cell: Callable[[dict[str, Any]], str]) -> str:
     """A row for every case that some machine has run, a column for every machine that has run some."""
-    machines = [json.loads(file.read_text()) for file in sorted(FIGURES.glob('*.json'))]
-    columns = {title(each['machine']): {key(case): case for case in each['cases'] if wanted(case)} for each in machines}
+    columns = {
+        title(each['machine']): {key(case): case for case in each['cases'] if wanted(case)} for each in by_machine()
+    }
     columns = {name: cases for name, cases in columns.items() if cases}
     rows = sorted({row for cases in columns.values() for row in cases})
     cells = ([cell(cases[row]) if row in cases else '–' for cases in columns.values()] for row in rows)
@@ -156,6 +211,27 @@ def memory_of_accelerators() -> str:
     return markdown(heading, rows)
 
 
+def memory_of_fused_attention() -> str:
+    """Of the compilers' plans in bfloat16, in MiB."""
+    plans = {
+        name: {(row['model'], row['tokens'], row['attention']): row for row in scaling(name)['fused']}
+        for name in ('h100', 'v5e')
+    }
+    rows = [
+        [
+            model,
+            f'{tokens:,}',
+            work,
+            *(mebibytes(plans['h100'][model, tokens, how], work) for how in ('plain', 'fused')),
+            mebibytes(on_tpu, work) if (on_tpu := plans['v5e'].get((model, tokens, 'fused'))) else '–',
+        ]
+        for model, tokens, how in plans['h100']
+        for work in ('forward', 'gradient')
+        if how == 'fused' and tokens > 1000
+    ]
+    return markdown(('model', 'tokens', 'pass', 'H100, plain', 'H100, fused', 'TPU v5e, either'), rows)
+
+
 def whole_and_chunked(
     figures: Mapping[str, Any],
 ) -> list[tuple[tuple[str, int], tuple[Mapping[str, Any], Mapping[str, Any]]]]:
@@ -176,7 +252,7 @@ def compilation(names: Iterable[str], works: Iterable[str], heading: Iterable[st
     return markdown(('model', 'options', *heading), ([*key, *line] for key, line in cells.items()))
 
 
-TABLES: dict[str, Callable[[], str]] = {
+SPEED: dict[str, Callable[[], str]] = {
     'in short': lambda: by_processor(
         lambda case: of('float32', training=False)(case) and (case['size'], case['batch']) == ('S/16', 8), short_cell
     ),
@@ -189,6 +265,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     'memory': memory,
     'memory of accelerators': memory_of_accelerators,
+    'memory of fused attention': memory_of_fused_attention,
     'compilation': lambda: compilation(
         ['scaling'],
         ['forward', 'step'],
@@ -199,5 +276,11 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
 }
 
+# By the page they are on.
+TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    'performance.md': SPEED | {'profiles': profiles, 'start-up': lambda: of_others('startup', startup_cells)},
+    'checkpoints.md': {'conversion': lambda: of_others('conversion', conversion_cells)},
+}
+
 if __name__ == '__main__':
-    PAGE.write_text(filled(PAGE.read_text()))
+    write()

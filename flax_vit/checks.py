@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # The fields that say how a model is computed and called, not what it computes.
-COMPUTATION = frozenset({'dtype', 'precision', 'query_chunk_size', 'remat', 'scan_layers', 'image_format'})
+COMPUTATION = frozenset({'dtype', 'precision', 'attention', 'query_chunk_size', 'remat', 'scan_layers', 'image_format'})
 # Those that matter in training alone.
 TRAINING = frozenset({'dropout', 'emb_dropout', 'attention_dropout', 'drop_path'})
 IMAGE_FORMATS = {'channels_last': 'b (h p1) (w p2) c', 'channels_first': 'b c (h p1) (w p2)'}
@@ -60,6 +60,8 @@ def check_fields(model: Any, **smallest: int) -> None:
             check(isinstance(value, Real) and 0 <= float(value) <= 1, name, 'a rate from 0 to 1')
     if 'pool' in types:
         check(model.pool in ('cls', 'mean'), 'pool', "'cls' (class token) or 'mean' (of tokens)")
+    if 'attention' in types:
+        check(model.attention in ('plain', 'fused'), 'attention', "'plain' or 'fused'")
     if 'image_format' in types:
         words = f'{" or ".join(map(repr, IMAGE_FORMATS))}, or None for what fits'
         check(model.image_format in (None, *IMAGE_FORMATS), 'image_format', words)

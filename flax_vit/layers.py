@@ -182,6 +182,37 @@ def weigh(
     return product('bhij,bhjd->bhid', attn, v, precision=precision)
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody keeps, or may replace, what goes in and out of the modules inside of this one."""
+    interceptors = getattr(nn.module, '_global_interceptor_stack', True)  # of nn.intercept_methods; linen tells no one
+    return bool(interceptors) or module.is_mutable_collection('intermediates')
+
+
+def fused_or(plain: Callable[[Array, Array, Array], Array], q: Queries, k: Keys, v: Keys, *, scale: float) -> Queries:
+    """`plain(q, k, v)`, or on NVIDIA GPUs what computes the same and holds no map: cuDNN's attention, where it fits."""
+
+    def fused(q: Array, k: Array, v: Array) -> Array:
+        return by_cudnn(q, k, v, scale=scale)
+
+    try:  # it is for half precision and some sizes of heads, and only where cuDNN is installed
+        jax.eval_shape(fused, q, k, v)
+    except RuntimeError:  # of which NotImplementedError is one
+        return plain(q, k, v)
+    return jax.lax.platform_dependent(q, k, v, cuda=fused, default=plain)
+
+
+def by_cudnn(q: Queries, k: Keys, v: Keys, *, scale: float) -> Queries:
+    """The values, weighed by the softmax of the scaled products of queries and keys."""
+    counts = {'query_seq_lengths': q.shape[2], 'key_value_seq_lengths': k.shape[2]}
+    lengths: Any = {}
+    if any(count % 2 for count in counts.values()):  # of which JAX has no gradient: filled up, and told so
+        lengths = {name: jnp.full(len(q), count, jnp.int32) for name, count in counts.items()}
+        q, k, v = (jnp.pad(each, ((0, 0), (0, 0), (0, each.shape[2] % 2), (0, 0))) for each in (q, k, v))
+    q, k, v = (rearrange(each, 'b h n d -> b n h d') for each in (q, k, v))
+    weighed = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation='cudnn', **lengths)
+    return rearrange(weighed, 'b n h d -> b h n d')[:, :, : counts['query_seq_lengths']]
+
+
 def sequential(layers: Any, x: Shaped[Array | np.ndarray, '...'], *, train: bool) -> Float[Array, '...']:
     """`torch.nn.Sequential`: the layers in turn, or the only one; Dropout acts in training only."""
     result: Any = x

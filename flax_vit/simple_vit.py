@@ -7,6 +7,7 @@ names in the PyTorch order, so that PyTorch's `transformer.layers.3.1.net.1.weig
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -31,7 +32,9 @@ from flax_vit.layers import (
     Tokens,
     aligned,
     at_least_float32,
+    fused_or,
     in_query_chunks,
+    is_watched,
     of_each_image,
     patch_embedding,
     sequential,
@@ -85,6 +88,7 @@ class Attention(Layer):
     heads: int
     dim_head: int
     qk_norm: bool
+    attention: str
     query_chunk_size: int | None
 
     def setup(self) -> None:
@@ -108,13 +112,17 @@ class Attention(Layer):
     @nn.nowrap
     def weigh(self, q: Queries, k: Keys, v: Keys) -> Queries:
         scale = 1.0 if self.qk_norm else self.dim_head**-0.5
-        return weigh(q, k, v, attend=self.attend, scale=scale, precision=self.precision)
+        plain = partial(weigh, attend=self.attend, scale=scale, precision=self.precision)
+        if self.attention == 'plain' or is_watched(self):
+            return plain(q, k, v)
+        return fused_or(plain, q, k, v, scale=scale)
 
 
 class Transformer(layers.Transformer):
     """SimpleViT's, of tokens (batch, tokens, dim); it has no dropout."""
 
     qk_norm: bool = False
+    attention: str = 'plain'
 
     @nn.nowrap
     def block(self) -> list[nn.Module]:
@@ -152,6 +160,7 @@ class SimpleViT(Model):
     patch_norm: bool = True  # LayerNorms round the patch projection; vit-pytorch before 1.0.0 had none
     norm_after_mean: bool = False  # vit-pytorch before 1.4.0: mean over tokens first, then a LayerNorm in the head
     image_format: str | None = None  # 'channels_first' or 'channels_last'; None: what fits, the latter where both do
+    attention: str = 'plain'  # 'fused': by cuDNN on NVIDIA GPUs in half precision, which holds no map; else plain
     query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
     remat: bool = False  # the backward pass computes each layer's inside anew, instead of keeping it
     scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`

@@ -28,9 +28,11 @@ from flax_vit.layers import (
     Tokens,
     add,
     embedding_of_smaller_images,
+    fused_or,
     gelu,
     grid_of,
     in_query_chunks,
+    is_watched,
     sequential,
     weigh,
     with_class_token,
@@ -45,6 +47,7 @@ class Attention(Layer):
     dropout: float
     scale: float
     project_out: bool
+    attention: str
     query_chunk_size: int | None
 
     def setup(self) -> None:
@@ -67,13 +70,17 @@ class Attention(Layer):
         def attend(softmax: Array) -> Array:
             return self.attention_dropout(self.attend(softmax), deterministic=not train)
 
-        return weigh(q, k, v, attend=attend, scale=self.scale, precision=self.precision)
+        plain = partial(weigh, attend=attend, scale=self.scale, precision=self.precision)
+        if self.attention == 'plain' or is_watched(self) or (train and self.dropout):
+            return plain(q, k, v)
+        return fused_or(plain, q, k, v, scale=self.scale)
 
 
 class Transformer(layers.Transformer):
     """ViT's, of tokens (batch, tokens, dim)."""
 
     dropout: float = 0.0
+    attention: str = 'plain'
     # What releases computed differently, see `ViT`.
     project_out: bool | None = None
     scale_by_dim: bool = False
@@ -137,6 +144,7 @@ class ViT(Model):
     scale_by_dim: bool = False  # before 0.6.7: the attention's scale was `dim**-0.5`, not `dim_head**-0.5`
     hidden_head: bool = False  # before 0.3.0: a hidden layer of mlp_dim in the head
     image_format: str | None = None  # 'channels_first' or 'channels_last'; None: what fits, the latter where both do
+    attention: str = 'plain'  # 'fused': by cuDNN on NVIDIA GPUs in half precision, which holds no map; else plain
     query_chunk_size: int | None = None  # queries whose attention map is held at once; None: all. The same numbers
     remat: bool = False  # the backward pass computes each layer's inside anew, instead of keeping it
     scan_layers: bool = False  # one compiled block for any depth; parameters stacked, see `stack_layers`

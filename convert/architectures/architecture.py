@@ -223,6 +223,7 @@ class Architecture:
         'heads': 7,
         'dim_head': 11,
     }
+    certain: tuple[str, ...] = ()  # words that are among the names of each layout; it is tried last where one isn't
     assumed: frozenset[str] = frozenset()  # fields that no weights tell, and vit-pytorch has a default for
     tables: frozenset[str] = frozenset()  # tensors that are computed, and may be in a checkpoint all the same
     blocks: str = 'transformer.layers'  # PyTorch's name of their list, of pairs of attention and feed-forward

@@ -58,6 +58,7 @@ class DeepViTArchitecture(Architecture):
 
     model = DeepViT
     torch_classes = ('vit_pytorch.deepvit.DeepViT',)
+    certain = ('pos_embedding', 'reattn_weights')
     layouts = (
         Layout('D2', DeepViT, '1.4.3 and later'),
         Layout('D1', DeepViT, '1.0.0 to 1.4.2', {}, prenorm('fn.')),

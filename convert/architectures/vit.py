@@ -71,6 +71,7 @@ class ViTArchitecture(Architecture):
 
     model = ViT
     torch_classes = ('vit_pytorch.vit.ViT', 'vit_pytorch.distill.DistillableViT')
+    certain = ('pos_embedding',)
     layouts = (
         Layout('V8', ViT, '1.16.1 and later'),
         Layout('V7', ViT, '1.16.0', {'class_token': False, 'pool': 'mean'}, {}, _BATCHED),

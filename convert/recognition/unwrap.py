@@ -107,7 +107,15 @@ def unwrap(
     )
     if any(layout.flax for layout in layouts):
         leaves = list(of_flax(leaves))
-    found = candidates(leaves, key, layouts, head=head)
+    # A layout's names are read off a model, which takes time. Those that can't fit are for what no other fits.
+    likely = tuple(
+        layout
+        for layout in layouts
+        if all(any(word in leaf.name for leaf in leaves) for word in architecture_of(layout.model).certain)
+    )
+    found = candidates(leaves, key, likely, head=head) if likely else []
+    if not any(_is_at(each.place, key or '') and not each.fit.different for each in found):
+        found = candidates(leaves, key, layouts, head=head)
     if key is not None:
         chosen = [candidate for candidate in found if _is_at(candidate.place, key)]
         chosen = [candidate for candidate in chosen if candidate.place.key == key] or chosen

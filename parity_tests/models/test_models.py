@@ -441,7 +441,8 @@ def test_gelu_in_half_precision_is_rounded_once(dtype: Any) -> None:
 
 def test_attention_in_float16_sums_no_undivided_weights() -> None:
     """512 equal weights of values of 200 sum to more than float16 holds; their mean is 200."""
-    attention = Attention(dim=8, heads=1, dim_head=8, qk_norm=False, query_chunk_size=None, dtype=jnp.float16)
+    fields: Any = {'qk_norm': False, 'attention': 'plain', 'query_chunk_size': None}
+    attention = Attention(dim=8, heads=1, dim_head=8, **fields, dtype=jnp.float16)
     params: Any = {
         'norm': {'scale': jnp.zeros(8), 'bias': jnp.ones(8)},
         'to_qkv': {'kernel': jnp.zeros((8, 24)).at[:, 16:].set(25)},

@@ -61,9 +61,10 @@ def test_the_tables_are_those_of_the_figures(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.syspath_prepend(BENCHMARKS)
     import tables
 
-    page = tables.PAGE.read_text()
-    assert tables.filled(page) == page, 'python benchmarks/tables.py makes them anew'
-    assert len(re.findall(r'^<!-- table ', page, re.MULTILINE)) == len(tables.TABLES)
+    for page, made in tables.TABLES.items():
+        text = (tables.DOCS / page).read_text()
+        assert tables.filled(page, text) == text, 'python benchmarks/tables.py makes them anew'
+        assert len(re.findall(r'^<!-- table ', text, re.MULTILINE)) == len(made)
 
 
 def test_figures_are_kept_by_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
@@ -72,9 +73,14 @@ def test_figures_are_kept_by_processor(monkeypatch: pytest.MonkeyPatch, tmp_path
     import tables
 
     page = tmp_path / 'performance.md'
-    page.write_text(''.join(f'<!-- table {name} -->\n\n<!-- end of table -->\n' for name in tables.TABLES))
-    monkeypatch.setattr(tables, 'PAGE', page)
-    monkeypatch.setattr(tables, 'FIGURES', tmp_path / 'speed')
+    of_speed = [name for name in tables.SPEED if not name.startswith(('memory', 'compilation'))]
+    others = 'start-up', 'profiles'
+    monkeypatch.setattr(tables, 'DOCS', tmp_path)
+    monkeypatch.setattr(tables, 'FIGURES', tmp_path / 'processors')
+    made = tables.TABLES['performance.md']
+    for name, names in {'performance.md': [*of_speed, *others], 'checkpoints.md': ['conversion']}.items():
+        (tmp_path / name).write_text(''.join(f'<!-- table {each} -->\n\n<!-- end of table -->\n' for each in names))
+    monkeypatch.setitem(tables.TABLES, 'performance.md', {name: made[name] for name in (*of_speed, *others)})
     machine = {
         'processor': 'Some(R) Processor @ 3 GHz', 'family': '25', 'vectors': 'AVX2', 'accelerator': None,
         'versions': {'jax': '1'},
@@ -91,8 +97,8 @@ def test_figures_are_kept_by_processor(monkeypatch: pytest.MonkeyPatch, tmp_path
     tables.record(machine, [case(1, 0.4), case(8, 0.4)])
     tables.record(machine | {'versions': {'jax': '2'}}, [case(8, 0.1)])
     tables.record(machine | {'vectors': 'AMX'}, [case(8, 0.2)])
-    assert sorted(file.name for file in (tmp_path / 'speed').iterdir()) == ['some-amx.json', 'some-avx2.json']
-    kept = json.loads((tmp_path / 'speed' / 'some-avx2.json').read_text())['cases']
+    assert sorted(file.name for file in (tmp_path / 'processors').iterdir()) == ['some-amx.json', 'some-avx2.json']
+    kept = json.loads((tmp_path / 'processors' / 'some-avx2.json').read_text())['cases']
     assert [(each['batch'], each['versions']) for each in kept] == [(1, {'jax': '1'}), (8, {'jax': '2'})]
     shown = page.read_text()
     assert '| | Some, AMX | Some, AVX2 |' in shown
@@ -101,6 +107,18 @@ def test_figures_are_kept_by_processor(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert f'| ViT S/16, batch 8 | {cells} |' in shown
     assert '| ViT S/16, batch 8 | 1.50, 1.00 | 3.00, 2.00 |' in shown
     assert '| ViT S/16, batch 8 | 100 ms; 0.50 | 100 ms; 1.00 |' in shown
+
+    runs = {
+        'reading the bytes': [[1, 100, 0], [2, 100, 0], [3, 100, 0]],
+        'torch.load': [[4, 150, 0], [2, 150, 0], [3, 150, 0]],
+    }
+    profiles = {'cases': {'ViT': {'GELU': [1.234, 2]}}}
+    startup = {'commands': {'python': [1, 3, 2]}}
+    tables.record(machine, conversion={'bytes': 100, 'runs': runs}, startup=startup, profiles=profiles)
+    assert '| torch.load | 3.00 s; 1.0; 1.50 |' in (tmp_path / 'checkpoints.md').read_text()
+    assert '| `python` | 2.00 |' in page.read_text()
+    assert '| | Some, AVX2: ViT |\n|---|---|\n| GELU | 1.23 / 2 |' in page.read_text()
+    assert json.loads((tmp_path / 'processors' / 'some-avx2.json').read_text())['cases'] == kept
 
 
 def test_a_way_that_ends_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from vit_pytorch import ViT, deepvit, simple_vit
 
 import convert
 from convert import ConversionError, ConversionWarning
+from convert.recognition.names import transposed
 from flax_vit import DeepViT, SimpleViT
 
 SIMPLE: dict[str, Any] = {'image_size': (12, 8), 'patch_size': 4, 'num_classes': 5, 'dim': 16, 'depth': 2, 'heads': 3}
@@ -312,3 +313,25 @@ def test_dropouts_of_several_rates_are_said(deep: Any, part: str) -> None:
     name = part.removeprefix('transformer.')
     with pytest.warns(ConversionWarning, match=rf'several rates: 0.1, but {name}: 0.5. Here all have one, 0.1; it'):
         assert convert.inspect(module).fields['dropout'].value == 0.1
+
+
+@pytest.mark.parametrize('shape', [(300, 70), (1, 7), (7, 1), (0, 3), (129, 128)])
+@pytest.mark.parametrize('dtype', [np.float32, np.float64, np.float16, jnp.bfloat16])
+def test_transposed_copies(shape: tuple[int, int], dtype: Any) -> None:
+    matrix = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    copy = transposed(matrix)
+    assert (copy.shape, copy.dtype) == (shape[::-1], dtype)
+    assert copy.tobytes() == matrix.T.tobytes()
+    assert not np.shares_memory(copy, matrix)
+
+
+def test_what_is_converted_is_nobody_elses_memory(simple: torch.nn.Module) -> None:
+    """What JAX takes over, a step that is given it for its results leaves as it is, too."""
+    tensors = simple.state_dict()
+    _, variables = convert.from_torch(tensors, **SIMPLE_FIELDS)
+    before = jax.tree.map(np.array, variables)
+    for tensor in tensors.values():
+        tensor.zero_()
+    jax.tree.map(np.testing.assert_array_equal, variables, before)
+    doubled = jax.jit(lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree), donate_argnums=0)(variables)
+    jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, 2 * other), doubled, before)

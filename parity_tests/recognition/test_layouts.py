@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from flax import linen as nn
-from vit_pytorch import vit
+from vit_pytorch import simple_vit, vit
 
 import convert
-from convert import ConversionError
+from convert import ConversionError, recognition
 from convert.architectures import ARCHITECTURES, architecture_of, layouts_of_all
 from convert.architectures.architecture import Architecture, Layout
 from convert.proof.torch_side import TorchSide
@@ -371,3 +371,30 @@ def test_the_class_token_tells_how_todays_vit_pools(pool: str) -> None:
     module = vit.ViT(image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=8, pool=pool)
     field = convert.inspect(module.state_dict(), heads=2).fields['pool']
     assert (field.value, field.how) == (pool, 'inferred')
+
+
+@pytest.mark.parametrize('layout', layouts_of_all(), ids=lambda layout: layout.id)
+def test_words_that_are_certain_are_in_each_layout(layout: Layout) -> None:
+    for word in architecture_of(layout.model).certain:
+        assert any(word in name for name in template(layout))
+
+
+def test_layouts_that_cannot_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a tenth of a second, for the model that its names are read off."""
+    tried: list[set[str]] = []
+    right = recognition.unwrap.candidates
+
+    def candidates(leaves: Any, key: Any, layouts: tuple[Layout, ...], **options: Any) -> Any:
+        tried.append({layout.model.__name__ for layout in layouts})
+        return right(leaves, key, layouts, **options)
+
+    monkeypatch.setattr(recognition.unwrap, 'candidates', candidates)
+    state_dict = simple_vit.SimpleViT(
+        image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=20
+    ).state_dict()
+    convert.inspect(state_dict)
+    assert tried == [{'SimpleViT'}]
+    del state_dict['to_patch_embedding.2.weight']
+    with pytest.raises(ConversionError, match='The nearest is SimpleViT'):
+        convert.inspect(state_dict)
+    assert tried[1:3] == [{'SimpleViT'}, {'SimpleViT', 'DeepViT', 'ViT'}]

@@ -16,16 +16,21 @@ TOKENS = 4096  # patches, of which DeepViT has a token more
 
 def main(target: str, name: str, compilers: str) -> None:
     there = devices(target, Path(compilers))
-    print(json.dumps({'memory': memory(name, there[0]), 'exchanged': exchanged(name, there)}))
+    chunked: list[dict[str, Any]] = [{'chunk': None}, {'chunk': 256}]
+    facts = {'memory': memory(name, there[0], chunked), 'exchanged': exchanged(name, there)}
+    if there[0].platform == 'gpu':
+        ways = [{'attention': how, 'chunk': None, 'dtype': 'bfloat16'} for how in ('plain', 'fused')]
+        facts['fused'] = memory(name, there[0], ways)
+    print(json.dumps(facts))
 
 
-def memory(name: str, device: Any) -> dict[str, list[int]]:
-    """Bytes planned for temporaries of the forward and of the gradient: with whole maps, with 256 queries at once."""
+def memory(name: str, device: Any, ways: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Bytes planned for temporaries of the forward and of the gradient, each of these ways."""
     from jax.sharding import SingleDeviceSharding
     from scaling import tokens
 
     side, sharding = round(TOKENS**0.5), SingleDeviceSharding(device)
-    rows = [tokens(name, side, chunk, 1, sharding) for chunk in (None, 256)]
+    rows = [tokens(name, side, repetitions=1, sharding=sharding, **way) for way in ways]
     return {what: [row[f'{what}_bytes'] for row in rows] for what in ('forward', 'gradient')}
 
 
