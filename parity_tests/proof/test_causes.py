@@ -20,6 +20,7 @@ from flax.traverse_util import unflatten_dict
 import convert
 import flax_vit.deep_vit
 import flax_vit.layers
+import flax_vit.products
 import flax_vit.simple_vit
 from convert.architectures import architecture_of, simple_vit
 from convert.architectures import way as ways
@@ -399,7 +400,7 @@ def test_products_of_fewer_bits(
         return jnp.einsum(equation, x, y, **keywords)
 
     def slip(port: Port) -> None:
-        port.substitute('jnp', SimpleNamespace(**{**vars(jnp), 'einsum': einsum}), flax_vit.layers)
+        port.substitute('jnp', SimpleNamespace(**{**vars(jnp), 'einsum': einsum}), flax_vit.products)
         port.images -= 1000
 
     report = run(MODELS[architecture], slip, monkeypatch, 'float32')

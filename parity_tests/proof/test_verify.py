@@ -13,6 +13,7 @@ from vit_pytorch.simple_vit import SimpleViT
 
 import convert
 import flax_vit.layers
+import flax_vit.products
 from convert import ConversionError
 from convert.proof.saved_outputs import compare_outputs
 from parity_tests.support.reference import perturbed
