@@ -159,21 +159,7 @@ def flax_program(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     side = SIZES[case.size]['image_size']
     images = jax.random.normal(jax.random.key(0), (case.batch, side, side, 3), case.dtype)
     apply = partial(model.apply, train=True) if case.training else model.apply
-    return jax_program(case, apply, variables_of(model, images), images)
-
-
-def variables_of(model: Any, images: Any) -> Any:
-    """Random ones, made by numpy: what `init` would make takes seconds to compile."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    generator = np.random.default_rng(1)
-
-    def random(shape: Any) -> jax.Array:
-        return jnp.asarray(0.02 * generator.standard_normal(shape.shape, np.float32), shape.dtype)
-
-    return jax.tree.map(random, jax.eval_shape(model.init, jax.random.key(1), images))
+    return jax_program(case, apply, jax.jit(model.init)(jax.random.key(1), images), images)
 
 
 def jax_program(
@@ -246,7 +232,7 @@ def linen(case: Case) -> Callable[[], None]:
 
     images = jax.random.normal(jax.random.key(0), (case.batch, *[size['image_size']] * 2, 3), case.dtype)
     model = ViT()
-    return jitted(case, *jax_program(case, model.apply, variables_of(model, images), images))
+    return jitted(case, *jax_program(case, model.apply, jax.jit(model.init)(jax.random.key(1), images), images))
 
 
 def jitted(case: Case, function: Callable[..., Any], arguments: list[Any]) -> Callable[[], None]:
