@@ -216,10 +216,8 @@ def main(
 
     for which in track(grid if 'tokens' in parts else [], 'Tokens …', console=console):
         keep('tokens', tokens(*which, repetitions, sharding))
-    compiled_soon = [
-        side for side in sides if side <= TIMED or target != 'TPU v5e'
-    ]  # which takes many minutes for more
-    ways_to_attend = [(name, side, how) for name in ('SimpleViT', 'ViT') for side in compiled_soon for how in ATTENTION]
+    soon = [side for side in sides if side <= TIMED or target != 'TPU v5e']  # whose compiler takes minutes for more
+    ways_to_attend = [(name, side, how) for name in ('SimpleViT', 'ViT') for side in soon for how in ATTENTION]
     for name, side, how in track(ways_to_attend if target and 'fused' in parts else [], 'Fused …', console=console):
         keep('fused', tokens(name, side, None, repetitions, sharding, attention=how, dtype='bfloat16'))
     ways: list[dict[str, bool]] = [{}, {'scan_layers': True}, {'scan_layers': True, 'remat': True}]

@@ -188,12 +188,17 @@ def is_watched(module: nn.Module) -> bool:
     return bool(interceptors) or module.is_mutable_collection('intermediates')
 
 
-def fused_or(plain: Callable[[Array, Array, Array], Array], q: Queries, k: Keys, v: Keys, *, scale: float) -> Queries:
-    """`plain(q, k, v)`, or on NVIDIA GPUs what computes the same and holds no map: cuDNN's attention, where it fits."""
+def weigh_or_fuse(
+    module: Any, q: Queries, k: Keys, v: Keys, *, attend: Callable[[Array], Array], scale: float, drops_out: bool
+) -> Queries:
+    """`weigh`, or where the attention `module` is to be fused, on NVIDIA GPUs cuDNN's attention, which holds no map.
 
-    def fused(q: Array, k: Array, v: Array) -> Array:
-        return by_cudnn(q, k, v, scale=scale)
-
+    Not where somebody watches the map or something of it `drops_out`.
+    """
+    plain = partial(weigh, attend=attend, scale=scale, precision=module.precision)
+    if module.attention == 'plain' or drops_out or is_watched(module):
+        return plain(q, k, v)
+    fused = partial(by_cudnn, scale=scale)
     try:  # it is for half precision and some sizes of heads, and only where cuDNN is installed
         jax.eval_shape(fused, q, k, v)
     except RuntimeError:  # of which NotImplementedError is one

@@ -7,7 +7,6 @@ names in the PyTorch order, so that PyTorch's `transformer.layers.3.1.net.1.weig
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -32,13 +31,11 @@ from flax_vit.layers import (
     Tokens,
     aligned,
     at_least_float32,
-    fused_or,
     in_query_chunks,
-    is_watched,
     of_each_image,
     patch_embedding,
     sequential,
-    weigh,
+    weigh_or_fuse,
 )
 from flax_vit.mesh import COLUMNS, SHARED, Rules
 
@@ -112,10 +109,7 @@ class Attention(Layer):
     @nn.nowrap
     def weigh(self, q: Queries, k: Keys, v: Keys) -> Queries:
         scale = 1.0 if self.qk_norm else self.dim_head**-0.5
-        plain = partial(weigh, attend=self.attend, scale=scale, precision=self.precision)
-        if self.attention == 'plain' or is_watched(self):
-            return plain(q, k, v)
-        return fused_or(plain, q, k, v, scale=scale)
+        return weigh_or_fuse(self, q, k, v, attend=self.attend, scale=scale, drops_out=False)
 
 
 class Transformer(layers.Transformer):

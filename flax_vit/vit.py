@@ -28,13 +28,11 @@ from flax_vit.layers import (
     Tokens,
     add,
     embedding_of_smaller_images,
-    fused_or,
     gelu,
     grid_of,
     in_query_chunks,
-    is_watched,
     sequential,
-    weigh,
+    weigh_or_fuse,
     with_class_token,
 )
 from flax_vit.mesh import COLUMNS, ROWS, SHARED, Rules
@@ -70,10 +68,8 @@ class Attention(Layer):
         def attend(softmax: Array) -> Array:
             return self.attention_dropout(self.attend(softmax), deterministic=not train)
 
-        plain = partial(weigh, attend=attend, scale=self.scale, precision=self.precision)
-        if self.attention == 'plain' or is_watched(self) or (train and self.dropout):
-            return plain(q, k, v)
-        return fused_or(plain, q, k, v, scale=self.scale)
+        drops_out = train and self.dropout > 0
+        return weigh_or_fuse(self, q, k, v, attend=attend, scale=self.scale, drops_out=drops_out)
 
 
 class Transformer(layers.Transformer):
