@@ -89,7 +89,8 @@ def profiles() -> str:
     """Milliseconds of Flax and of eager PyTorch by kind of work: a column for every machine and case."""
     columns = {
         f'{title(each["machine"])}: {case}': {
-            kind: ' / '.join(f'{milliseconds:.3g}' for milliseconds in both) for kind, both in profile.items()
+            kind: ' / '.join(f'{ms:,.0f}' if ms >= 100 else f'{ms:.3g}' for ms in both)
+            for kind, both in profile.items()
         }
         for each in by_machine()
         for case, profile in each.get('profiles', {'cases': {}})['cases'].items()
@@ -99,7 +100,7 @@ def profiles() -> str:
 
 def of_columns(columns: Mapping[str, Mapping[str, str]]) -> str:
     """A table of its columns' cells, by what the rows are called."""
-    rows = dict.fromkeys(row for cells in columns.values() for row in cells)
+    rows = sorted(dict.fromkeys(row for cells in columns.values() for row in cells), key=lambda row: 'time' in row)
     return markdown(['', *columns], ([row, *(cells.get(row, '–') for cells in columns.values())] for row in rows))
 
 
