@@ -98,7 +98,8 @@ def test_what_cudnn_is_asked_for_is_the_same(monkeypatch: pytest.MonkeyPatch, qu
     q = jax.random.normal(jax.random.key(0), (2, 4, queries, 8))
     k, v = jax.random.normal(jax.random.key(1), (2, 2, 4, keys, 8))
     plain = weigh(q, k, v, attend=lambda maps: maps, scale=0.3, precision='highest')
-    np.testing.assert_allclose(by_cudnn(q, k, v, scale=0.3), plain, rtol=0, atol=16 * np.finfo(np.float32).eps)
+    epsilon = float(np.finfo(np.float32).eps)
+    np.testing.assert_allclose(by_cudnn(q, k, v, scale=0.3), plain, rtol=0, atol=16 * epsilon)
 
 
 def in_xla(attention: Any, *arguments: Any, implementation: str, **options: Any) -> Any:
