@@ -5,11 +5,16 @@ from typing import TYPE_CHECKING
 from flax_vit.lazy import lazily
 
 if TYPE_CHECKING:
-    from convert.conversion import Inspection, from_torch, inspect, to_torch
-    from convert.errors import ConversionError, ConversionWarning
-    from convert.proof.parity import Report, verify
+    from convert.conversion import (
+        Inspection as Inspection,
+        from_torch as from_torch,
+        inspect as inspect,
+        to_torch as to_torch,
+    )
+    from convert.errors import ConversionError as ConversionError, ConversionWarning as ConversionWarning
+    from convert.proof.parity import Report as Report, verify as verify
 else:
-    __getattr__, __dir__ = lazily(
+    __getattr__, __dir__, __all__ = lazily(
         __name__,
         {
             'ConversionError': 'convert.errors',
@@ -22,14 +27,3 @@ else:
             'verify': 'convert.proof.parity',
         },
     )
-
-__all__ = [
-    'ConversionError',
-    'ConversionWarning',
-    'Inspection',
-    'Report',
-    'from_torch',
-    'inspect',
-    'to_torch',
-    'verify',
-]

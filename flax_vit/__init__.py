@@ -5,24 +5,31 @@ from typing import TYPE_CHECKING
 from flax_vit.lazy import lazily
 
 if TYPE_CHECKING:
-    from convert import ConversionError, ConversionWarning, from_torch, inspect, to_torch, verify
-    from flax_vit.architectures import named
-    from flax_vit.deep_vit import DeepViT
-    from flax_vit.folders.hub import push_to_hub
-    from flax_vit.folders.pretrained import PretrainedWarning, from_pretrained
-    from flax_vit.folders.saving import save_pretrained
-    from flax_vit.looking import Features, features
-    from flax_vit.nnx_bridge import from_nnx, to_nnx
-    from flax_vit.official_deep_vit import OfficialDeepViT
-    from flax_vit.official_simple_vit import OfficialSimpleViT
-    from flax_vit.preprocessing import preprocess
-    from flax_vit.serving import export_serving
-    from flax_vit.sharding import shardings
-    from flax_vit.simple_vit import SimpleViT
-    from flax_vit.stacking import stack_layers, unstack_layers
-    from flax_vit.vit import ViT
+    from convert import (
+        ConversionError as ConversionError,
+        ConversionWarning as ConversionWarning,
+        from_torch as from_torch,
+        inspect as inspect,
+        to_torch as to_torch,
+        verify as verify,
+    )
+    from flax_vit.architectures import named as named
+    from flax_vit.deep_vit import DeepViT as DeepViT
+    from flax_vit.folders.hub import push_to_hub as push_to_hub
+    from flax_vit.folders.pretrained import PretrainedWarning as PretrainedWarning, from_pretrained as from_pretrained
+    from flax_vit.folders.saving import save_pretrained as save_pretrained
+    from flax_vit.looking import Features as Features, features as features
+    from flax_vit.nnx_bridge import from_nnx as from_nnx, to_nnx as to_nnx
+    from flax_vit.official_deep_vit import OfficialDeepViT as OfficialDeepViT
+    from flax_vit.official_simple_vit import OfficialSimpleViT as OfficialSimpleViT
+    from flax_vit.preprocessing import preprocess as preprocess
+    from flax_vit.serving import export_serving as export_serving
+    from flax_vit.sharding import shardings as shardings
+    from flax_vit.simple_vit import SimpleViT as SimpleViT
+    from flax_vit.stacking import stack_layers as stack_layers, unstack_layers as unstack_layers
+    from flax_vit.vit import ViT as ViT
 else:
-    __getattr__, __dir__ = lazily(
+    __getattr__, __dir__, __all__ = lazily(
         __name__,
         {
             'ConversionError': 'convert.errors',
@@ -52,33 +59,4 @@ else:
             'verify': 'convert.proof.parity',
         },
     )
-
-__all__ = [
-    'ConversionError',
-    'ConversionWarning',
-    'DeepViT',
-    'Features',
-    'OfficialDeepViT',
-    'OfficialSimpleViT',
-    'PretrainedWarning',
-    'SimpleViT',
-    'ViT',
-    '__version__',
-    'export_serving',
-    'features',
-    'from_nnx',
-    'from_pretrained',
-    'from_torch',
-    'inspect',
-    'named',
-    'preprocess',
-    'push_to_hub',
-    'save_pretrained',
-    'shardings',
-    'stack_layers',
-    'to_nnx',
-    'to_torch',
-    'unstack_layers',
-    'verify',
-]
 __version__ = '0.2.0.dev0'

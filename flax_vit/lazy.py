@@ -8,8 +8,8 @@ from types import ModuleType
 from typing import Any
 
 
-def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` (PEP 562) of a package; `homes` has the full module name of each name it exports.
+def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` (PEP 562) and `__all__` of a package; `homes`: each name's module.
 
     Its modules are found as attributes, too, whether or not they were imported.
     """
@@ -27,7 +27,7 @@ def lazily(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any]
     def dir_() -> list[str]:
         return sorted({*vars(sys.modules[package]), *homes})
 
-    return getattr_, dir_
+    return getattr_, dir_, list(homes)
 
 
 def _imported(module: str) -> ModuleType:

@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_vit.architectures import MODELS, classes

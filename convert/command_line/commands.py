@@ -28,8 +28,7 @@ from convert.command_line.images import load_images
 from convert.command_line.options import MODEL
 from convert.conversion import Inspection
 from convert.errors import ConversionError
-from convert.proof import parity, report
-from convert.proof import saved_outputs as outputs
+from convert.proof import parity, report, saved_outputs as outputs
 from flax_vit import export_serving, from_pretrained, save_pretrained
 from flax_vit.folders.config import origin, read_config
 

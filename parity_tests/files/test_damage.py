@@ -18,12 +18,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from convert.errors import ConversionError
-from convert.files import pickle_reader
-from convert.files import zip_directory as zip_file
+from convert.files import pickle_reader, zip_directory as zip_file
 from convert.files.checkpoint import read
 from convert.files.pickle_reader import Foreign
 from parity_tests.support.fuzz import Executed, archive, attempt, damaged_files, safetensors_file

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
-from flax import nnx
+from flax import linen as nn, nnx
 
 from flax_vit import DeepViT, SimpleViT, ViT, from_nnx, to_nnx
 from parity_tests.support.pages import ROOT, blocks

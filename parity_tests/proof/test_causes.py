@@ -22,8 +22,7 @@ import flax_vit.deep_vit
 import flax_vit.layers
 import flax_vit.products
 import flax_vit.simple_vit
-from convert.architectures import architecture_of, simple_vit
-from convert.architectures import way as ways
+from convert.architectures import architecture_of, simple_vit, way as ways
 from convert.proof import causes, mistakes
 from convert.proof.measure import size
 from convert.proof.parity import Report, labels, verify

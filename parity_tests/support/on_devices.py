@@ -22,8 +22,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from orbax.checkpoint import v1 as orbax
 from safetensors import safe_open
 
