@@ -6,6 +6,7 @@ from numbers import Integral
 from typing import Any, get_args
 
 import numpy as np
+from flax import linen as nn
 
 from convert.architectures import architecture_of
 from convert.architectures.architecture import Field
@@ -23,42 +24,34 @@ def resolve(fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any] | None 
     """
     model, defaults = fit.layout.model, defaults_of(fit.layout.model)
     architecture = architecture_of(model)
-    strangers = sorted(set(given) - set(defaults))
-    if strangers:
-        raise ConversionError(f'{model.__name__} has no {", ".join(strangers)}; its fields are {", ".join(defaults)}.')
-
-    given = {name: _plain(value) for name, value in given.items()}
-    pairs = {field.name for field in dataclasses.fields(model) if tuple[int, int] in get_args(field.type)}
-    for name in _SIZES & set(given):
-        two = isinstance(given[name], tuple) and len(given[name]) == 2 and name in pairs
-        numbers = given[name] if two else (given[name],)
-        if not all(type(number) is int and number > 0 for number in numbers):
-            or_two = ', or two' if name in pairs else ''
-            raise ConversionError(f'{name} must be a whole number from 1 up{or_two}, not {given[name]!r}.')
-    told = {**fit.told, **fit.layout.fields}
-    inferred = {name: Field(value, 'inferred', 'the layout of names') for name, value in told.items()}
+    given = _checked(model, given)
     open_fields = {
         name
         for layout in fit.alike
         for name in layout.fields
         if name not in fit.told and len({other.fields.get(name, defaults[name]) for other in fit.alike}) > 1
     }
-    inferred = {name: field for name, field in inferred.items() if name not in open_fields}
-    inferred |= {name: Field(value, 'inferred', 'the module') for name, value in (known or {}).items()}
-    inferred['depth'] = Field(fit.depth, 'inferred', 'the number of blocks')
-    for name in fit.sizes.keys() & defaults.keys():
-        inferred[name] = Field(fit.sizes[name], 'inferred', 'their shapes')
-    fields = inferred | {name: Field(value, 'given') for name, value in given.items()}
-    for name in sorted(set(given) & set(inferred)):
+    by_names = {**fit.told, **fit.layout.fields}
+    told: list[tuple[str, Mapping[str, Any]]] = [  # where two tell the same field, the later
+        ('the layout of names', {name: value for name, value in by_names.items() if name not in open_fields}),
+        ('the module', known or {}),
+        ('the number of blocks', {'depth': fit.depth}),
+        ('their shapes', {name: size for name, size in fit.sizes.items() if name in defaults}),
+    ]
+    inferred = {name: Field(value, 'inferred', why) for why, values in told for name, value in values.items()}
+    for name in sorted(given.keys() & inferred.keys()):
         if given[name] != inferred[name].value:
-            value, why = inferred[name].value, inferred[name].why
             advice = ''
             if name == 'num_classes':
                 advice = (
                     ' For another head, convert the model as it is, save it, and read it again: '
                     f'flax_vit.from_pretrained(folder, num_classes={given[name]!r}).'
                 )
-            raise ConversionError(f'{name}={given[name]!r} contradicts the weights: it is {value!r} by {why}.{advice}')
+            raise ConversionError(
+                f'{name}={given[name]!r} contradicts the weights: it is {inferred[name].value!r} by '
+                f'{inferred[name].why}.{advice}'
+            )
+    fields = inferred | {name: Field(value, 'given') for name, value in given.items()}
     fields = architecture.told_by_sizes(fields, fit.sizes, defaults)
     for name, default in defaults.items():
         if name in open_fields:
@@ -72,6 +65,23 @@ def resolve(fit: Fit, given: Mapping[str, Any], known: Mapping[str, Any] | None 
         else:
             fields.setdefault(name, Field(default, 'inferred', 'the layout of names'))
     return {name: fields[name] for name in defaults}
+
+
+def _checked(model: type[nn.Module], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the caller says, as plain values. ConversionError for what is no field of the model, or no size."""
+    names = list(defaults_of(model))
+    strangers = sorted(given.keys() - names)
+    if strangers:
+        raise ConversionError(f'{model.__name__} has no {", ".join(strangers)}; its fields are {", ".join(names)}.')
+    values = {name: _plain(value) for name, value in given.items()}
+    pairs = {field.name for field in dataclasses.fields(model) if tuple[int, int] in get_args(field.type)}
+    for name in _SIZES & values.keys():
+        two = isinstance(values[name], tuple) and len(values[name]) == 2 and name in pairs
+        numbers = values[name] if two else (values[name],)
+        if not all(type(number) is int and number > 0 for number in numbers):
+            or_two = ', or two' if name in pairs else ''
+            raise ConversionError(f'{name} must be a whole number from 1 up{or_two}, not {values[name]!r}.')
+    return values
 
 
 _SIZES = {'image_size', 'patch_size', 'channels', 'dim', 'depth', 'heads', 'dim_head', 'mlp_dim'}

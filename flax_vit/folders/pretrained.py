@@ -84,15 +84,11 @@ def from_pretrained(
     if check is None:
         check = mesh is None or not mesh.is_multi_process
     with _opened(folder, check=check) as (config, arrays):
-        model, saved_model = model_of(config, overrides), model_of(config)
+        saved_model, model = model_of(config), model_of(config, overrides)
+        weights, dtypes = _weights(folder, saved_model, arrays)
         cast = model.param_dtype if 'param_dtype' in overrides else None
-        narrow = not jax.config.read('jax_enable_x64')
-        wide = [name for name in ('dtype', 'param_dtype') if narrow and str(getattr(model, name)) == 'float64']
-        for name in wide:
-            if name in overrides:
-                raise ValueError(f"{name}=float64 needs 64-bit mode: jax.config.update('jax_enable_x64', True).")
-        stacks = is_stacked(model)
-        saved = saved_shapes(saved_model.clone(scan_layers=True) if stacks else one_by_one(saved_model))
+        model, rounding = _in_this_mode(model, overrides, dtypes)
+        saved = saved_shapes(saved_model.clone(scan_layers=True) if is_stacked(model) else one_by_one(saved_model))
         wanted = saved_shapes(model) if overrides else saved
         old_and_new = {name: (getattr(saved_model, name), getattr(model, name)) for name in overrides}
         plan = changes(type(model), saved, wanted, old_and_new)
@@ -100,22 +96,7 @@ def from_pretrained(
         if mesh is not None:
             structs = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in wanted.items()}
             placed = shardings(structs, mesh, sharding_rules)
-        weights = {path: part for path, part in arrays.items() if not path.startswith(GOLDEN)}
-        shapes = {path: tuple(part.get_shape()) for path, part in weights.items()}
-        check_shapes(saved_shapes(one_by_one(saved_model)), shapes, f'What {folder} holds')
-        dtypes = {path: DTYPES.get(part.get_dtype(), part.get_dtype()) for path, part in weights.items()}
-        check_dtypes(dtypes, f'What {folder} holds')
-        notes = plan.notes
-        rounded = ['computations'] if 'dtype' in wide else []
-        rounded += ['parameters'] if narrow and cast is None and 'float64' in dtypes.values() else []
-        if rounded:
-            notes.append(
-                f"The float64 {' and '.join(rounded)} are rounded to float32, because JAX's 64-bit mode is off; "
-                "jax.config.update('jax_enable_x64', True) keeps them."
-            )
-        narrowed: dict[str, Any] = dict.fromkeys(wide, jnp.float32)
-        model = model.clone(**narrowed)
-        if stacks:
+        if is_stacked(model):
             weights, dtypes = _joined(weights, Stacked), _joined(dtypes, _common)
         if plan.resized:
             table = weights[plan.resized][:]
@@ -126,7 +107,7 @@ def from_pretrained(
         }
     if plan.new:
         flat |= initial(model, plan.new, jax.random.key(0) if key is None else key, placed)
-    for note in notes:
+    for note in plan.notes + rounding:
         warnings.warn(note, PretrainedWarning, stacklevel=2)
     return model, unflatten_dict(flat, sep='/')
 
@@ -173,6 +154,35 @@ def _check_key(key: Any) -> None:
         jax.random.key_data(key)
     except TypeError as error:
         raise ValueError(f'key must be a random key of JAX, such as jax.random.key(0), not {key!r}.') from error
+
+
+def _weights(folder: Path, model: nn.Module, arrays: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The parameters among the arrays, and their dtypes, by path. ValueError unless they are those of `model`."""
+    weights = {path: part for path, part in arrays.items() if not path.startswith(GOLDEN)}
+    shapes = {path: tuple(part.get_shape()) for path, part in weights.items()}
+    check_shapes(saved_shapes(one_by_one(model)), shapes, f'What {folder} holds')
+    dtypes = {path: DTYPES.get(part.get_dtype(), part.get_dtype()) for path, part in weights.items()}
+    check_dtypes(dtypes, f'What {folder} holds')
+    return weights, dtypes
+
+
+def _in_this_mode(
+    model: nn.Module, overrides: Mapping[str, Any], dtypes: Mapping[str, str]
+) -> tuple[nn.Module, list[str]]:
+    """The model as JAX's 64-bit mode lets it be, and a note where that rounds. ValueError if float64 was asked for."""
+    if jax.config.read('jax_enable_x64'):
+        return model, []
+    wide = [name for name in ('dtype', 'param_dtype') if str(getattr(model, name)) == 'float64']
+    for name in sorted(overrides.keys() & wide):
+        raise ValueError(f"{name}=float64 needs 64-bit mode: jax.config.update('jax_enable_x64', True).")
+    rounded = ['computations'] if 'dtype' in wide else []
+    rounded += ['parameters'] if 'param_dtype' not in overrides and 'float64' in dtypes.values() else []
+    note = (
+        f"The float64 {' and '.join(rounded)} are rounded to float32, because JAX's 64-bit mode is off; "
+        "jax.config.update('jax_enable_x64', True) keeps them."
+    )
+    narrow: dict[str, Any] = dict.fromkeys(wide, jnp.float32)
+    return model.clone(**narrow), [note] if rounded else []
 
 
 @dataclass(frozen=True)
