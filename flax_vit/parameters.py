@@ -23,8 +23,11 @@ def variable_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtype
 
 @cache  # tracing a deep model takes tenths of a second, and reading a folder asks several times
 def _variable_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
+    def init(inputs: jax.Array) -> Any:
+        return model.init(jax.random.key(0), inputs)  # a key made out here would be compiled, and take hold of a device
+
     inputs = jax.ShapeDtypeStruct((1, *input_shape(model)), jnp.float32)
-    return MappingProxyType(flatten_dict(jax.eval_shape(model.init, jax.random.key(0), inputs)))
+    return MappingProxyType(flatten_dict(jax.eval_shape(init, inputs)))
 
 
 def input_shape(model: Any) -> tuple[int, ...]:

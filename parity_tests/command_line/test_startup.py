@@ -49,6 +49,12 @@ def test_packages_import_what_is_asked_for(tmp_path: pathlib.Path) -> None:
     assert imported(command(*CONVERT), tmp_path) == {'flax', 'jax'}
 
 
+def test_inspecting_takes_no_device(tmp_path: pathlib.Path) -> None:
+    """Nothing is compiled, and an accelerator that somebody else uses is left alone."""
+    inspect = command('inspect', str(DIGITS / 'simple_vit.pt'))
+    assert imported(inspect, tmp_path, JAX_PLATFORMS='none_of_that_name') == {'flax', 'jax'}
+
+
 @pytest.mark.parametrize('package', [convert, flax_vit])
 def test_every_name_is_there(package: Any) -> None:
     assert all(name in dir(package) and hasattr(package, name) for name in package.__all__)
