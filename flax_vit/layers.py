@@ -121,6 +121,7 @@ class Identity(nn.Module):
         return x
 
 
+@jax.checkpoint  # the backward pass keeps `x` alone, as PyTorch's, and not what the error function gave
 def gelu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
     """`torch.nn.GELU()`: by the error function, not by its tanh approximation (flax's default).
 

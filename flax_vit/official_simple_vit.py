@@ -43,6 +43,7 @@ lecun_normal, xavier_uniform = nn.initializers.lecun_normal(), nn.initializers.x
 almost_zeros, zeros = nn.initializers.normal(1e-6), nn.initializers.zeros
 
 
+@jax.checkpoint  # the backward pass keeps `x` alone
 def tanh_gelu(x: Float[Array, '*shape']) -> Float[Array, '*shape']:
     """GELU by its tanh approximation, at least in float32."""
     return jax.nn.gelu(x.astype(at_least_float32(x.dtype)), approximate=True).astype(x.dtype)

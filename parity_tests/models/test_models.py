@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ import convert
 from flax_vit import DeepViT, SimpleViT, ViT
 from flax_vit.deep_vit import HeadNorm
 from flax_vit.layers import FeedForward, Linear, gelu, softmax
+from flax_vit.official_simple_vit import tanh_gelu
 from flax_vit.simple_vit import Attention
 from parity_tests.support.reference import (
     CONFIGURATIONS,
@@ -437,6 +438,13 @@ def test_gelu_in_half_precision_is_rounded_once(dtype: Any) -> None:
     assert gelu(x).dtype == dtype
     error = np.abs(np.asarray(gelu(x), np.float64) - exact)
     assert (error <= jnp.finfo(dtype).eps / 2 * np.abs(exact) + 1e-6).all()  # 1e-6: what float32 leaves of 1 + erf
+
+
+@pytest.mark.parametrize('activation', [gelu, tanh_gelu])
+def test_gelu_keeps_its_input_alone_for_the_backward_pass(activation: Callable[[Any], Any]) -> None:
+    x = jnp.linspace(-4, 4, 9)
+    kept = jax.tree.leaves(jax.vjp(activation, x)[1])
+    assert [array.shape for array in kept] == [x.shape]
 
 
 def test_attention_in_float16_sums_no_undivided_weights() -> None:
