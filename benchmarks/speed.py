@@ -15,19 +15,21 @@ first call beyond that of the second.
 import itertools
 import json
 import multiprocessing
+import os
 import re
 import statistics
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import rich_click as click
 import tables
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from ways import PRODUCTS, SIDE, SIZES, WAYS, Case, as_json, machine, on_gpu, work
+from ways import HUGE_PAGES, PRODUCTS, SIDE, SIZES, Case, as_json, machine, on_gpu, ways_of, work
 
 MODELS = ('SimpleViT', 'DeepViT')
 VIT_SIZES = ('S/16', 'B/16')  # ViT's, which computes what SimpleViT does, with a token and dropouts more
@@ -65,16 +67,19 @@ def all_cases(*, gpu: bool) -> list[Case]:
 
 def measure(case: Case, rounds: int, side: int) -> dict[str, Any]:
     """Every way of a case in turn; seconds, ratios to eager PyTorch's, share of the ceiling, compilation, memory."""
-    names = [name for name in WAYS if name != 'fused attention' or case.model != 'DeepViT']
-    context = multiprocessing.get_context('forkserver')  # whose processes have all imported before they start
-    context.set_forkserver_preload(['ways', 'torch', 'vit_pytorch', 'optax', 'flax.linen', 'flax_vit.architectures'])
+    names = ways_of(case)
+    fork, spawn = multiprocessing.get_context('forkserver'), multiprocessing.get_context('spawn')
+    # Its processes have all imported before they start; those that `spawn` starts meet another environment.
+    fork.set_forkserver_preload(['ways', 'torch', 'vit_pytorch', 'optax', 'flax.linen', 'flax_vit.architectures'])
     pipes, prepared, processes = {}, {}, []
     seconds: dict[str, list[float]] = {name: [] for name in (*names, *PRODUCTS)}
     try:
         for name in seconds:
+            context, settings = (spawn, HUGE_PAGES) if name.endswith('huge pages') else (fork, {})
             ours, theirs = context.Pipe()
             processes.append(context.Process(target=work, args=(theirs, name, case), daemon=True))
-            processes[-1].start()
+            with mock.patch.dict(os.environ, settings):
+                processes[-1].start()
             theirs.close()  # so that a process which ends is noticed
             pipes[name] = ours
             prepared[name] = ours.recv()  # before the next starts: it compiles undisturbed

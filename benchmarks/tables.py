@@ -137,10 +137,10 @@ def label(row: tuple[int, int, int]) -> str:
     return f'{ORDER["model"][model]} {ORDER["size"][size]}, batch {batch}'
 
 
-def speeds(case: Mapping[str, Any], other: str) -> list[float]:
-    """How many times as fast as another way Flax was, round by round."""
-    ways = case['ways']
-    return [theirs / ours for theirs, ours in zip(ways[other]['rounds'], ways['Flax']['rounds'], strict=True)]
+def speeds(case: Mapping[str, Any], other: str, ours: str = 'Flax') -> list[float]:
+    """How many times as fast as another way ours was, round by round."""
+    rounds = (case['ways'][way]['rounds'] for way in (other, ours))
+    return [theirs / own for theirs, own in zip(*rounds, strict=True)]
 
 
 def whole_cell(case: Mapping[str, Any]) -> str:
@@ -149,6 +149,14 @@ def whole_cell(case: Mapping[str, Any]) -> str:
     compiled = statistics.median(speeds(case, 'torch.compile'))
     spread = f'{statistics.median(eager):.2f} ({min(eager):.2f} to {max(eager):.2f})'
     return f'{1e3 * ours["seconds"]:,.0f} ms; {spread}; {compiled:.2f}; {100 * ours["share_of_ceiling"]:.0f} %'
+
+
+def huge_pages_cell(case: Mapping[str, Any]) -> str:
+    """With huge pages: milliseconds; times the speed of eager PyTorch without them and with them."""
+    ours = 'Flax, huge pages'
+    others = ('PyTorch eager', 'PyTorch eager, huge pages')
+    plain, huge = (statistics.median(speeds(case, other, ours)) for other in others)
+    return f'{1e3 * case["ways"][ours]["seconds"]:,.0f} ms; {plain:.2f}; {huge:.2f}'
 
 
 def short_cell(case: Mapping[str, Any]) -> str:
@@ -162,9 +170,9 @@ def linen_cell(case: Mapping[str, Any]) -> str:
     return f'{milliseconds:,.0f} ms; {statistics.median(speeds(case, "plain linen")):.2f}'
 
 
-def of(dtype: str, *, training: bool) -> Callable[[dict[str, Any]], bool]:
-    """Whether a case is of this kind."""
-    return lambda case: (case['dtype'], case['training']) == (dtype, training)
+def of(dtype: str, *, training: bool, way: str = 'Flax') -> Callable[[dict[str, Any]], bool]:
+    """Whether a case is of this kind, and was run in a way."""
+    return lambda case: (case['dtype'], case['training']) == (dtype, training) and way in case['ways']
 
 
 def scaling(name: str) -> dict[str, Any]:
@@ -261,9 +269,13 @@ SPEED: dict[str, Callable[[], str]] = {
     'training': lambda: by_processor(of('float32', training=True), whole_cell),
     'forward in bfloat16': lambda: by_processor(of('bfloat16', training=False), whole_cell),
     'training in bfloat16': lambda: by_processor(of('bfloat16', training=True), whole_cell),
-    'plain linen': lambda: by_processor(
-        lambda case: 'plain linen' in case['ways'] and case['dtype'] == 'float32' and not case['training'], linen_cell
+    'training with huge pages': lambda: by_processor(
+        of('float32', training=True, way='Flax, huge pages'), huge_pages_cell
     ),
+    'training in bfloat16 with huge pages': lambda: by_processor(
+        of('bfloat16', training=True, way='Flax, huge pages'), huge_pages_cell
+    ),
+    'plain linen': lambda: by_processor(of('float32', training=False, way='plain linen'), linen_cell),
     'memory': memory,
     'memory of accelerators': memory_of_accelerators,
     'memory of fused attention': memory_of_fused_attention,

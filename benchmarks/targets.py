@@ -46,7 +46,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 # The packages, and what describes eight devices of one host.
 TARGETS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     'NVIDIA H100': (
-        ('jax-cuda13-plugin', 'jax-cuda13-pjrt'),
+        # The last has NVIDIA's library of exp, erf and the like.
+        ('jax-cuda13-plugin=={jax}', 'jax-cuda13-pjrt=={jax}', 'nvidia-nvvm>=13'),
         {'platform': 'cuda', 'target_config': H100, 'topology': f'1x1x{DEVICES}'},
     ),
     'TPU v5e': (('libtpu',), {'platform': 'tpu', 'topology_name': 'v5e:2x4'}),
@@ -60,7 +61,7 @@ def devices(target: str, folder: Path) -> list[Any]:
     """
     packages, description = TARGETS[target]
     version = importlib.metadata.version('jax')
-    place = folder / f'{description["platform"]}-for-jax-{version}'
+    place = folder / f'{description["platform"]}-compiler-for-jax-{version}'
     if not place.exists():
         fetch(packages, version, place)
     sys.path.append(str(place))
@@ -77,8 +78,11 @@ def devices(target: str, folder: Path) -> list[Any]:
 
 def fetch(packages: tuple[str, ...], version: str, place: Path) -> None:
     """The releases that this version of jax goes with, without what they need to run."""
-    known = [line.split(';')[0] for line in importlib.metadata.requires('jax') or () if line.startswith('libtpu')]
-    named = [known[0] if package == 'libtpu' else f'{package}=={version}' for package in packages]
+    required = [line.split(';')[0] for line in importlib.metadata.requires('jax') or ()]
+    named = [
+        next((line for line in required if line.startswith(package)), package.format(jax=version))
+        for package in packages
+    ]
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
         pip = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', f'{folder}/{place.name}']

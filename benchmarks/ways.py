@@ -295,11 +295,23 @@ WAYS: dict[str, Callable[[Case], Callable[[], None]]] = {
     'fused attention': fused,
     'plain linen': linen,
     'Flax': flax,
+    'PyTorch eager, huge pages': eager,
+    'Flax, huge pages': flax,
 }
 # It does not install beside today's PyTorch: docs/bridge.md has the environment.
 if find_spec('torchax'):
     WAYS['torchax'] = torchax
+# What the C library of Linux reads when a process starts: large pieces of memory come in pages of 2 MiB.
+HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 PRODUCTS = {'product, PyTorch': torch_product, 'product, JAX': jax_product}
+
+
+def ways_of(case: Case) -> list[str]:
+    """Those that the case is run in. It is training on a CPU that asks the system for much memory in every call."""
+    left_out = {'fused attention'} if case.model == 'DeepViT' else set()
+    if not case.training or on_gpu():
+        left_out |= {name for name in WAYS if name.endswith('huge pages')}
+    return [name for name in WAYS if name not in left_out]
 
 
 def forget_memory_peak() -> None:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from vit_pytorch import ViT, deepvit, simple_vit
 
 import convert
 from convert import ConversionError, ConversionWarning
-from convert.recognition.names import transposed
+from convert.recognition.names import THREADS, in_order
 from flax_vit import DeepViT, SimpleViT
 
 SIMPLE: dict[str, Any] = {'image_size': (12, 8), 'patch_size': 4, 'num_classes': 5, 'dim': 16, 'depth': 2, 'heads': 3}
@@ -317,11 +318,13 @@ def test_dropouts_of_several_rates_are_said(deep: Any, part: str) -> None:
 
 @pytest.mark.parametrize('shape', [(300, 70), (1, 7), (7, 1), (0, 3), (129, 128)])
 @pytest.mark.parametrize('dtype', [np.float32, np.float64, np.float16, jnp.bfloat16])
-def test_transposed_copies(shape: tuple[int, int], dtype: Any) -> None:
-    matrix = np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    copy = transposed(matrix)
-    assert (copy.shape, copy.dtype) == (shape[::-1], dtype)
-    assert copy.tobytes() == matrix.T.tobytes()
+def test_copies_in_order(shape: tuple[int, int], dtype: Any) -> None:
+    matrix = np.random.default_rng(0).standard_normal(shape).astype(dtype).T
+    with ThreadPoolExecutor(THREADS) as threads:
+        copy = in_order(matrix, threads)
+    assert (copy.shape, copy.dtype) == (matrix.shape, dtype)
+    assert copy.flags.c_contiguous
+    assert copy.tobytes() == matrix.tobytes()
     assert not np.shares_memory(copy, matrix)
 
 
