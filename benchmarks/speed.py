@@ -65,9 +65,8 @@ def all_cases(*, gpu: bool) -> list[Case]:
     return list(dict.fromkeys(chosen + telling_cases()))
 
 
-def measure(case: Case, rounds: int, side: int) -> dict[str, Any]:
-    """Every way of a case in turn; seconds, ratios to eager PyTorch's, share of the ceiling, compilation, memory."""
-    names = ways_of(case)
+def measure(case: Case, names: list[str], rounds: int, side: int) -> dict[str, Any]:
+    """Ways of a case in turn; seconds, ratios to eager PyTorch's, share of the ceiling, compilation, memory."""
     fork, spawn = multiprocessing.get_context('forkserver'), multiprocessing.get_context('spawn')
     # Its processes have all imported before they start; those that `spawn` starts meet another environment.
     fork.set_forkserver_preload(['ways', 'torch', 'vit_pytorch', 'optax', 'flax.linen', 'flax_vit.architectures'])
@@ -179,7 +178,10 @@ def main(which: str | None, rounds: int, only: str, record: bool, data: Path | N
     chosen = [case for case in sets[which] if re.search(only, str(case))]
     results = []
     for case in track(chosen, 'Measuring …', console=Console(stderr=True)):
-        results.append(measure(case, rounds, SIDE['gpu' if gpu else 'cpu']))
+        names = ways_of(case)
+        if which is None and case.size != 'S/16':
+            names.remove('torch.compile')  # which compiles for half a minute
+        results.append(measure(case, names, rounds, SIDE['gpu' if gpu else 'cpu']))
         if data:  # after every case: nothing measured is lost
             data.write_text(json.dumps({'machine': about, 'cases': results}, indent=1))
         if record:

@@ -146,9 +146,9 @@ def speeds(case: Mapping[str, Any], other: str, ours: str = 'Flax') -> list[floa
 def whole_cell(case: Mapping[str, Any]) -> str:
     """Milliseconds; times eager PyTorch's speed, and the spread over the rounds; times torch.compile's; the ceiling."""
     ours, eager = case['ways']['Flax'], speeds(case, 'PyTorch eager')
-    compiled = statistics.median(speeds(case, 'torch.compile'))
     spread = f'{statistics.median(eager):.2f} ({min(eager):.2f} to {max(eager):.2f})'
-    return f'{1e3 * ours["seconds"]:,.0f} ms; {spread}; {compiled:.2f}; {100 * ours["share_of_ceiling"]:.0f} %'
+    compiled = f'{statistics.median(speeds(case, "torch.compile")):.2f}' if 'torch.compile' in case['ways'] else '–'
+    return f'{1e3 * ours["seconds"]:,.0f} ms; {spread}; {compiled}; {100 * ours["share_of_ceiling"]:.0f} %'
 
 
 def huge_pages_cell(case: Mapping[str, Any]) -> str:

@@ -83,6 +83,8 @@ def torch_work(case: Case, prepare: Callable[[Any], Any]) -> Callable[[], None]:
     import torch
 
     module, images = torch_module(case)
+    with torch.inference_mode():
+        module(images)  # what einops remembers of its first call would have torch.compile compile again at the second
     model = prepare(module.train(case.training))
     labels = torch.zeros(case.batch, dtype=torch.long, device=images.device)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
@@ -159,7 +161,22 @@ def flax_program(case: Case) -> tuple[Callable[..., Any], list[Any]]:
     side = SIZES[case.size]['image_size']
     images = jax.random.normal(jax.random.key(0), (case.batch, side, side, 3), case.dtype)
     apply = partial(model.apply, train=True) if case.training else model.apply
-    return jax_program(case, apply, jax.jit(model.init)(jax.random.key(1), images), images)
+    return jax_program(case, apply, variables_of(model, images), images)
+
+
+def variables_of(model: Any, images: Any) -> Any:
+    """Random ones, of the shapes that the model has. Its own `init` would be compiled for some seconds."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+
+    def start(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        values = generator.standard_normal(shape.shape, np.float32) / 50
+        return jnp.asarray(values + (len(shape.shape) == 1), shape.dtype)  # scales are about 1
+
+    return jax.tree.map(start, jax.eval_shape(model.init, jax.random.key(1), images))
 
 
 def jax_program(
@@ -232,7 +249,7 @@ def linen(case: Case) -> Callable[[], None]:
 
     images = jax.random.normal(jax.random.key(0), (case.batch, *[size['image_size']] * 2, 3), case.dtype)
     model = ViT()
-    return jitted(case, *jax_program(case, model.apply, jax.jit(model.init)(jax.random.key(1), images), images))
+    return jitted(case, *jax_program(case, model.apply, variables_of(model, images), images))
 
 
 def jitted(case: Case, function: Callable[..., Any], arguments: list[Any]) -> Callable[[], None]:
