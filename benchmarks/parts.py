@@ -40,7 +40,7 @@ FLAX = {
     'LayerNorm': r'/(norm|net_0|to_patch_embedding_\d|mlp_head_0)/',
     're-attention': r'reattn_norm_1',
     'attention: products, softmax, moving heads': r'layers_\d+_0/',
-    'GELU': r'layers_\d+_1/(net_\d/)?(erf|mul|add|div|exp|neg|integer_pow|convert)',
+    'GELU': r'layers_\d+_1/(net_\d/)?(checkpoint/|erf|mul|add|div|exp|neg|integer_pow|convert)',
     'the rest': r'',
 }
 PYTORCH = {

@@ -86,16 +86,20 @@ def startup_cells(figures: Mapping[str, Any]) -> dict[str, str]:
 
 
 def profiles() -> str:
-    """Milliseconds of Flax and of eager PyTorch by kind of work: a column for every machine and case."""
-    columns = {
-        f'{title(each["machine"])}: {case}': {
+    """Milliseconds of Flax and of eager PyTorch by kind of work: a table for every machine, a column for every case."""
+
+    def cells(profile: Mapping[str, list[float]]) -> dict[str, str]:
+        return {
             kind: ' / '.join(f'{ms:,.0f}' if ms >= 100 else f'{ms:.3g}' for ms in both)
             for kind, both in profile.items()
         }
+
+    return '\n'.join(
+        f'{title(each["machine"])}:\n\n'
+        + of_columns({case: cells(profile) for case, profile in each['profiles']['cases'].items()})
         for each in by_machine()
-        for case, profile in each.get('profiles', {'cases': {}})['cases'].items()
-    }
-    return of_columns(columns)
+        if 'profiles' in each
+    )
 
 
 def of_columns(columns: Mapping[str, Mapping[str, str]]) -> str:
