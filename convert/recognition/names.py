@@ -23,7 +23,7 @@ Path = tuple[str, ...]
 WEIGHTS = {'kernel': 'weight', 'scale': 'weight'}
 ALIGNMENT = 64  # bytes, of arrays that JAX on a CPU takes over
 COLUMNS = 128  # of a matrix that are copied at a time
-THREADS = min(4, os.cpu_count() or 1)  # more don't read faster
+THREADS = min(4, os.cpu_count() or 1)  # that copy; the memory is soon the limit
 
 
 @dataclass(frozen=True)
