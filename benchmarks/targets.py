@@ -68,6 +68,7 @@ def devices(target: str, folder: Path) -> list[Any]:
     # The CPU stays the device for all else; libtpu is told where it is, instead of asking around.
     os.environ.update(JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', TPU_WORKER_HOSTNAMES='localhost')
     os.environ.update(TPU_ACCELERATOR_TYPE=f'v5litepod-{DEVICES}', TPU_WORKER_ID='0')
+    os.environ['ALLOW_MULTIPLE_LIBTPU_LOAD'] = '1'  # another process may compile, too: there is no device to share
     # Which kernels of XLA's own are best, it would try out on the GPU; NVIDIA's library multiplies without that.
     flags = '--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false'
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {flags}'
