@@ -40,7 +40,7 @@ lowest-test: $(LOWEST)/installed
 site: $(VENV)/docs.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The cases of docs/performance.md that tell most, kept as this processor's: about 12 minutes on two idle cores.
+# The cases of docs/performance.md that tell most, kept as this processor's: about 10 minutes on two idle cores.
 # torch.compile needs a C++ compiler and Python's headers.
 BENCHED := $(VENV)/test.installed $(if $(shell command -v nvidia-smi 2>/dev/null),$(VENV)/gpu.installed)
 bench: $(BENCHED)

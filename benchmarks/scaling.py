@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from targets import TARGETS, devices
-from ways import machine
+from ways import filled, machine
 
 CHUNK = 256  # queries
 SIDES = (16, 32, 64, 128)  # of the grid of patches: 256 to 16,384 patches
@@ -61,13 +61,6 @@ def gradient(model: Any) -> Any:
         ).mean()
 
     return jax.grad(loss)
-
-
-def filled(shapes: Any) -> Any:
-    """Random arrays of these shapes."""
-    import jax
-
-    return jax.tree.map(lambda shape: 0.1 * jax.random.normal(jax.random.key(0), shape.shape), shapes)
 
 
 def tokens(name: str, side: int, chunk: int | None, repetitions: int, sharding: Any, **options: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import tables
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from ways import HUGE_PAGES, PRODUCTS, SIDE, SIZES, Case, as_json, machine, on_gpu, ways_of, work
+from ways import ENVIRONMENTS, PRODUCTS, SIDE, SIZES, Case, as_json, machine, on_gpu, ways_of, work
 
 MODELS = ('SimpleViT', 'DeepViT')
 VIT_SIZES = ('S/16', 'B/16')  # ViT's, which computes what SimpleViT does, with a token and dropouts more
@@ -74,10 +74,10 @@ def measure(case: Case, names: list[str], rounds: int, side: int) -> dict[str, A
     seconds: dict[str, list[float]] = {name: [] for name in (*names, *PRODUCTS)}
     try:
         for name in seconds:
-            context, settings = (spawn, HUGE_PAGES) if name.endswith('huge pages') else (fork, {})
+            context = spawn if name in ENVIRONMENTS else fork
             ours, theirs = context.Pipe()
             processes.append(context.Process(target=work, args=(theirs, name, case), daemon=True))
-            with mock.patch.dict(os.environ, settings):
+            with mock.patch.dict(os.environ, ENVIRONMENTS.get(name, {})):
                 processes[-1].start()
             theirs.close()  # so that a process which ends is noticed
             pipes[name] = ours

@@ -167,16 +167,23 @@ def flax_program(case: Case) -> tuple[Callable[..., Any], list[Any]]:
 def variables_of(model: Any, images: Any) -> Any:
     """Random ones, of the shapes that the model has. Its own `init` would be compiled for some seconds."""
     import jax
+
+    return filled(jax.eval_shape(model.init, jax.random.key(1), images))
+
+
+def filled(shapes: Any) -> Any:
+    """Random arrays of these shapes; vectors, of which the scales of a LayerNorm are some, of numbers about 1."""
+    import jax
     import jax.numpy as jnp
     import numpy as np
 
     generator = np.random.default_rng(0)
 
-    def start(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    def array(shape: jax.ShapeDtypeStruct) -> jax.Array:
         values = generator.standard_normal(shape.shape, np.float32) / 50
-        return jnp.asarray(values + (len(shape.shape) == 1), shape.dtype)  # scales are about 1
+        return jnp.asarray(values + (len(shape.shape) == 1), shape.dtype)
 
-    return jax.tree.map(start, jax.eval_shape(model.init, jax.random.key(1), images))
+    return jax.tree.map(array, shapes)
 
 
 def jax_program(
@@ -315,11 +322,13 @@ WAYS: dict[str, Callable[[Case], Callable[[], None]]] = {
     'PyTorch eager, huge pages': eager,
     'Flax, huge pages': flax,
 }
+# What the C library of Linux reads when a process starts: large pieces of memory come in pages of 2 MiB.
+ENVIRONMENTS = {
+    name: {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'} for name in ('PyTorch eager, huge pages', 'Flax, huge pages')
+}
 # It does not install beside today's PyTorch: docs/bridge.md has the environment.
 if find_spec('torchax'):
     WAYS['torchax'] = torchax
-# What the C library of Linux reads when a process starts: large pieces of memory come in pages of 2 MiB.
-HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 PRODUCTS = {'product, PyTorch': torch_product, 'product, JAX': jax_product}
 
 
@@ -327,7 +336,7 @@ def ways_of(case: Case) -> list[str]:
     """Those that the case is run in. It is training on a CPU that asks the system for much memory in every call."""
     left_out = {'fused attention'} if case.model == 'DeepViT' else set()
     if not case.training or on_gpu():
-        left_out |= {name for name in WAYS if name.endswith('huge pages')}
+        left_out |= ENVIRONMENTS.keys()
     return [name for name in WAYS if name not in left_out]
 
 
