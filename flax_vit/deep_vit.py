@@ -32,7 +32,6 @@ from flax_vit.layers import (
     add,
     at_least_float32,
     embedding_of_smaller_images,
-    grid_of,
     in_query_chunks,
     sequential,
     softmax,
@@ -173,10 +172,10 @@ class DeepViT(Model):
         super().__post_init__()
 
     def setup(self) -> None:
-        num_patches = math.prod(grid_of(self))
         self.to_patch_embedding = embedding_of_smaller_images(self)
         normal = nn.initializers.normal(1.0)
-        self.pos_embedding = self.param('pos_embedding', normal, (1, num_patches + 1, self.dim), self.param_dtype)
+        shape = 1, math.prod(self.grid) + 1, self.dim
+        self.pos_embedding = self.param('pos_embedding', normal, shape, self.param_dtype)
         self.cls_token = self.param('cls_token', normal, (1, 1, self.dim), self.param_dtype)
         self.embedding_dropout = nn.Dropout(self.emb_dropout)
         self.transformer = self.transformer_alone()

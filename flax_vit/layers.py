@@ -287,6 +287,8 @@ def loops_over(x: Array) -> AbstractContextManager[None]:
 class FeedForward(Layer):
     """vit-pytorch's `FeedForward`."""
 
+    ACTIVATION: ClassVar[Any] = staticmethod(gelu)
+
     dim: int
     hidden_dim: int
     dropout: float | None = None  # None: there is none, as in SimpleViT's, and its place in `net` isn't either
@@ -294,7 +296,7 @@ class FeedForward(Layer):
     def setup(self) -> None:
         first, second = self.linear(self.dim, self.hidden_dim), self.linear(self.hidden_dim, self.dim)
         drop, again = [[] if self.dropout is None else [nn.Dropout(self.dropout)] for _ in range(2)]
-        self.net = [self.layer_norm(), first, gelu, *drop, second, *again]
+        self.net = [self.layer_norm(), first, self.ACTIVATION, *drop, second, *again]
 
     def __call__(self, x: Float[Array, 'batch tokens dim'], *, train: bool) -> Float[Array, 'batch tokens dim']:
         return sequential(self.net, x, train=train)
@@ -389,7 +391,8 @@ class Model(Layer):
     @property
     def grid(self) -> tuple[int, int]:
         """The rows and columns of patches in an image."""
-        return grid_of(self)
+        (height, width), (rows, columns) = pair(self.image_size), pair(self.patch_size)
+        return height // rows, width // columns
 
     @laid_out_by_the_compiler
     def __call__(self, images: Images, train: bool = False) -> Outputs:
@@ -452,12 +455,6 @@ def uniform(bound: float) -> Initializer:
     return init
 
 
-def grid_of(model: Any) -> tuple[int, int]:
-    """The rows and columns of patches in an image."""
-    (height, width), (rows, columns) = pair(model.image_size), pair(model.patch_size)
-    return height // rows, width // columns
-
-
 def to_patches(
     model: Any,
     images: Shaped[Array | np.ndarray, '...'],
@@ -518,7 +515,7 @@ def patch_embedding(model: Any, *, sizes: str, fits: Callable[[int, int], bool])
 
 def embedding_of_smaller_images(model: Any) -> list[Any]:
     """`patch_embedding` of a model with learned positions, of which images with fewer patches take the first."""
-    (rows, columns), patches = pair(model.patch_size), math.prod(grid_of(model))
+    (rows, columns), patches = pair(model.patch_size), math.prod(model.grid)
     sides = rows if rows == columns else (rows, columns)
     return patch_embedding(
         model,

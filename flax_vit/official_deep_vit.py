@@ -29,8 +29,6 @@ from flax_vit.layers import (
     Tokens,
     add,
     at_least_float32,
-    gelu,
-    grid_of,
     sequential,
     softmax,
     to_patches,
@@ -116,6 +114,9 @@ class Layer(layers.Layer, kw_only=True):
     def layer_norm(self) -> LayerNorm:
         return self.inner(LayerNorm, epsilon=self.layer_norm_epsilon)
 
+    def linear(self, *sizes: Any, **options: Any) -> layers.Linear:
+        return super().linear(*sizes, **options, kernel_init=normal, bias_init=zeros)
+
 
 class Attention(Layer):
     """Attention, and re-attention (section 4.2 of the paper) where it is asked for."""
@@ -133,13 +134,12 @@ class Attention(Layer):
 
     def setup(self) -> None:
         self.norm = self.layer_norm()
-        self.to_qkv = self.linear(self.dim, 3 * self.dim, bias=self.qkv_bias, kernel_init=normal, bias_init=zeros)
+        self.to_qkv = self.linear(self.dim, 3 * self.dim, bias=self.qkv_bias)
         self.attention_drop = nn.Dropout(self.attention_dropout)
         if self.reattends:
             self.reatten_matrix = self.inner(MixedHeads)
             self.var_norm = self.inner(BatchNorm, features=self.heads, axis=1)
-        projection = self.linear(self.dim, self.dim, kernel_init=normal, bias_init=zeros)
-        self.to_out = projection
+        self.to_out = self.linear(self.dim, self.dim)
         self.dropped = nn.Dropout(self.dropout)
         self.drop_path = DropPath(self.path_rate)
 
@@ -173,23 +173,12 @@ class MixedHeads(layers.Layer):
         return add(mixed, bias[:, None, None])
 
 
-class FeedForward(Layer):
-    dim: int
-    mlp_dim: int
-    dropout: float
+class FeedForward(Layer, layers.FeedForward, kw_only=True):
     path_rate: float
     scale_adjustment: float
 
     def setup(self) -> None:
-        starts: Any = {'kernel_init': normal, 'bias_init': zeros}
-        self.net = [
-            self.layer_norm(),
-            self.linear(self.dim, self.mlp_dim, **starts),
-            gelu,
-            nn.Dropout(self.dropout),
-            self.linear(self.mlp_dim, self.dim, **starts),
-            nn.Dropout(self.dropout),
-        ]
+        super().setup()
         self.drop_path = DropPath(self.path_rate)
 
     def __call__(self, x: Tokens, *, train: bool) -> Tokens:
@@ -214,7 +203,7 @@ class Transformer(Layer, layers.Transformer, kw_only=True):
         self.layers = [
             [
                 self.inner(Attention, path_rate=rate, reattends=block in self.reattention),
-                self.inner(FeedForward, path_rate=rate),
+                self.inner(FeedForward, path_rate=rate, hidden_dim=self.mlp_dim),
             ]
             for block, rate in enumerate(rates)
         ]
@@ -303,8 +292,8 @@ class OfficialDeepViT(Model):
             ]
         else:
             self.to_patch_embedding = [cut, self.linear((rows, columns, self.channels), self.dim)]
-        tokens = math.prod(grid_of(self)) + 1
-        self.pos_embedding = self.param('pos_embedding', normal, (1, tokens, self.dim), self.param_dtype)
+        shape = 1, math.prod(self.grid) + 1, self.dim
+        self.pos_embedding = self.param('pos_embedding', normal, shape, self.param_dtype)
         self.cls_token = self.param('cls_token', normal, (1, 1, self.dim), self.param_dtype)
         self.embedding_dropout = nn.Dropout(self.dropout)
         self.transformer = self.inner(Transformer, dim_head=self.dim // self.heads)

@@ -30,7 +30,6 @@ from flax_vit.layers import (
     Tokens,
     at_least_float32,
     in_query_chunks,
-    sequential,
     to_patches,
     weigh,
 )
@@ -81,27 +80,17 @@ class Attention(Layer):
         return weigh(q, k, v, attend=self.attend, scale=self.dim_head**-0.5, precision=self.precision)
 
 
-class FeedForward(Layer):
-    dim: int
-    mlp_dim: int
+class FeedForward(Layer, layers.FeedForward):
+    ACTIVATION = staticmethod(tanh_gelu)
 
-    def setup(self) -> None:
-        starts: Any = {'kernel_init': xavier_uniform, 'bias_init': almost_zeros}
-        self.net = [
-            self.layer_norm(),
-            self.linear(self.dim, self.mlp_dim, **starts),
-            tanh_gelu,
-            self.linear(self.mlp_dim, self.dim, **starts),
-        ]
-
-    def __call__(self, x: Tokens, *, train: bool) -> Tokens:
-        return sequential(self.net, x, train=train)
+    def linear(self, *sizes: Any, **options: Any) -> layers.Linear:
+        return super().linear(*sizes, **options, kernel_init=xavier_uniform, bias_init=almost_zeros)
 
 
 class Transformer(Layer, layers.Transformer):
     @nn.nowrap
     def block(self) -> list[nn.Module]:
-        return [self.inner(Attention), self.inner(FeedForward)]
+        return [self.inner(Attention), self.inner(FeedForward, hidden_dim=self.mlp_dim)]
 
 
 class OfficialSimpleViT(Layer, Model):

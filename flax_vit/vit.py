@@ -29,7 +29,6 @@ from flax_vit.layers import (
     add,
     embedding_of_smaller_images,
     gelu,
-    grid_of,
     in_query_chunks,
     sequential,
     weigh_or_fuse,
@@ -159,7 +158,7 @@ class ViT(Model):
     def setup(self) -> None:
         self.to_patch_embedding = embedding_of_smaller_images(self)
         normal = nn.initializers.normal(1.0)
-        tokens = math.prod(grid_of(self)) + bool(self.class_token)
+        tokens = math.prod(self.grid) + bool(self.class_token)
         if self.class_token:
             self.cls_token = self.param('cls_token', normal, (1, self.dim), self.param_dtype)
         self.pos_embedding = self.param('pos_embedding', normal, (tokens, self.dim), self.param_dtype)

@@ -15,7 +15,6 @@ from flax import linen as nn
 from convert.architectures.way import Way
 from convert.errors import ConversionError, ConversionWarning
 from flax_vit.checks import pair
-from flax_vit.layers import grid_of
 from flax_vit.looking import modules
 
 IDENTITY = 'torch.nn.modules.linear.Identity'
@@ -25,7 +24,7 @@ FOLLOWS: Mapping[str, Callable[[Any], int]] = {  # what axes hold that is no fie
     'channels x patch area': lambda model: model.channels * math.prod(pair(model.patch_size)),
     'dim_head': lambda model: getattr(model, 'dim_head', model.dim // model.heads),
     'heads x dim_head': lambda model: model.heads * model.dim_head,
-    'patches': lambda model: math.prod(grid_of(model)),
+    'patches': lambda model: math.prod(model.grid),
     'patch height': lambda model: pair(model.patch_size)[0],
     'patch width': lambda model: pair(model.patch_size)[1],
     'half of it': lambda model: pair(model.patch_size)[0] // 2,
@@ -499,7 +498,7 @@ def prenorm(residual: str = '') -> dict[str, str]:
 
 def other_heads(model: Any) -> Iterator[dict[str, Any]]:
     """Other values of heads and dim_head that take the same weights."""
-    inner_dim, tokens = model.heads * model.dim_head, math.prod(grid_of(model))
+    inner_dim, tokens = model.heads * model.dim_head, math.prod(model.grid)
     for heads in range(1, inner_dim + 1):
         if inner_dim % heads == 0 and heads != model.heads:
             # no more of the attention maps at once than of the model itself, however many heads there are

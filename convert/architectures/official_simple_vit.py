@@ -16,7 +16,7 @@ from convert.architectures.architecture import (
     patch_of_kernel,
     prepared,
 )
-from convert.architectures.simple_vit import exact_table, table_limit, table_mistakes
+from convert.architectures.simple_vit import SimpleViTArchitecture, SimpleViTWay, exact_table, table_limit
 from convert.architectures.way import Mistake, Way
 from flax_vit.official_simple_vit import EPSILON, OfficialSimpleViT
 
@@ -69,8 +69,7 @@ class OfficialSimpleViTWay(Way):
                 found[f'{part}out.weight'] = rearrange(found[f'{part}out.weight'], 'dim d h -> dim (h d)')
         return found
 
-    def position_mistakes(self) -> dict[str, np.ndarray]:
-        return table_mistakes(self.model, self.tensors['pos_embedding'])
+    position_mistakes = SimpleViTWay.position_mistakes
 
     def own_mistakes(self, part: str, tokens: int) -> Iterator[Mistake]:
         yield from super().own_mistakes(part, tokens)
@@ -136,6 +135,4 @@ class OfficialSimpleViTArchitecture(Architecture):
         difference = np.abs(exact_table(model) - model.pos_embedding()).max()
         return ComputedTable(float(difference), table_limit(model), 'the exact one')
 
-    def table_and_mistakes(self, model: Any) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        exact = exact_table(model)
-        return model.pos_embedding(), exact, table_mistakes(model, exact)
+    table_and_mistakes = SimpleViTArchitecture.table_and_mistakes

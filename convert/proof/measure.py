@@ -78,14 +78,9 @@ class Row:
         return self.exact <= self.exact_limit
 
     @property
-    def explained(self) -> bool:
-        """Whether rounding explains the error in the compared dtype."""
-        return self.port <= self.port_limit
-
-    @property
     def right(self) -> bool:
         """Whether it is the same function, computed no coarser than PyTorch does."""
-        return self.same_function and self.explained
+        return self.same_function and self.port <= self.port_limit
 
     @property
     def chance(self) -> float:

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from convert.architectures import architecture_of
-from convert.architectures.architecture import AttentionMap, ComputedTable, Field
+from convert.architectures.architecture import ComputedTable, Field
 from convert.conversion import Inspection, inspect, place
 from convert.errors import ConversionError, with_article
 from convert.proof.causes import causes, table_causes
@@ -358,11 +358,6 @@ def attention_maps(torch: TorchSide, flax: FlaxSide, image: np.ndarray) -> dict[
     theirs = torch.outputs('float64', image, [part + kind.torch for part, kind in maps.values()])
     whole = FlaxSide(with_whole_maps(flax.model), flax.variables)  # for maps that are held at once
     ours = whole.outputs('float64', image, [part + kind.flax for part, kind in maps.values()])
-
-    def heads_first(attention: np.ndarray, kind: AttentionMap) -> np.ndarray:
-        return np.moveaxis(attention, -1, 0) if kind.heads_last else attention
-
-    return {
-        label: (heads_first(theirs[part + kind.torch][0], kind), ours[part + kind.flax][0])
-        for label, (part, kind) in maps.items()
-    }
+    both = {label: (theirs[part + kind.torch][0], ours[part + kind.flax][0]) for label, (part, kind) in maps.items()}
+    last = {label for label, (_, kind) in maps.items() if kind.heads_last}
+    return {label: (np.moveaxis(one, -1, 0) if label in last else one, other) for label, (one, other) in both.items()}

@@ -8,7 +8,6 @@ from torch import nn
 
 from convert.references.parts import Patches, Transformer
 from flax_vit.checks import pair
-from flax_vit.layers import grid_of
 
 
 def stem(model: Any) -> nn.Sequential:
@@ -73,7 +72,7 @@ class DeepViT(nn.Module):
         super().__init__()
         self.to_patch_embedding = stem(model)
         self.cls_token = nn.Parameter(torch.randn(1, 1, model.dim))
-        self.pos_embedding = nn.Parameter(torch.randn(1, math.prod(grid_of(model)) + 1, model.dim))
+        self.pos_embedding = nn.Parameter(torch.randn(1, math.prod(model.grid) + 1, model.dim))
         blocks = [(Attention(model, block in model.reattention), FeedForward(model)) for block in range(model.depth)]
         self.transformer = Transformer(blocks, nn.LayerNorm(model.dim, model.layer_norm_epsilon))
         self.to_latent = nn.Identity()

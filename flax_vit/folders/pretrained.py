@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from flax_vit.folders.config import GOLDEN, check_hashes, model_of, read_config
 from flax_vit.folders.hub import local_folder
 from flax_vit.folders.overrides import changes, initial, resize_positions
-from flax_vit.layers import grid_of
 from flax_vit.mesh import Rules
 from flax_vit.parameters import check_dtypes, check_shapes, saved_shapes
 from flax_vit.sharding import check_mesh, default_rules, shardings
@@ -97,10 +96,10 @@ def from_pretrained(
             structs = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in wanted.items()}
             placed = shardings(structs, mesh, sharding_rules)
         if is_stacked(model):
-            weights, dtypes = _joined(weights, Stacked), _joined(dtypes, _common)
+            weights, dtypes = _joined(weights, Stacked), _joined(dtypes, lambda kinds: jnp.result_type(*kinds).name)
         if plan.resized:
             table = weights[plan.resized][:]
-            weights[plan.resized] = resize_positions(table, grid_of(saved_model), grid_of(model))
+            weights[plan.resized] = resize_positions(table, saved_model.grid, model.grid)
         flat = {
             path: _place(weights[path], wanted[path], jnp.dtype(cast or dtypes[path]), placed[path])
             for path in sorted(plan.kept)
@@ -199,11 +198,6 @@ def _joined(values: Mapping[str, Any], join: Callable[[Sequence[Any]], Any]) -> 
     """By path, with one value for all blocks."""
     flat = {tuple(path.split('/')): value for path, value in values.items()}
     return {'/'.join(path): value for path, value in stacked(flat, lambda _, blocks: join(blocks)).items()}
-
-
-def _common(dtypes: Sequence[str]) -> str:
-    """The dtype of arrays that are stacked."""
-    return jnp.result_type(*dtypes).name
 
 
 def _place(part: Any, shape: tuple[int, ...], dtype: Any, sharding: Sharding | None) -> jax.Array:

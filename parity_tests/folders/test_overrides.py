@@ -12,7 +12,6 @@ import torch
 
 from flax_vit import PretrainedWarning, from_pretrained, save_pretrained
 from flax_vit.folders.overrides import resize_positions
-from flax_vit.layers import grid_of
 from parity_tests.support.small_models import MODELS, assert_equal, variables_of
 
 
@@ -74,7 +73,7 @@ def test_another_image_size(folder: pathlib.Path) -> None:
         table = variables['params'].pop('pos_embedding')
         saved = expected['params'].pop('pos_embedding')
         assert (table.shape, table.dtype) == ((*saved.shape[:-2], 26, 16), jnp.float32)
-        grid = grid_of(MODELS[folder.name])
+        grid = MODELS[folder.name].grid
         np.testing.assert_allclose(table, resize_positions(np.asarray(saved), grid, (5, 5)), rtol=1e-6)
     assert_equal(variables, expected)
 
