@@ -93,7 +93,7 @@ class Port:
             self.substitute('exponentials', exponentials, flax_vit.layers)
 
     def substitute_gelu(self, gelu: Callable[[Any], Any]) -> None:
-        self.substitute('gelu', gelu, flax_vit.layers)
+        self.substitute('ACTIVATION', staticmethod(gelu), flax_vit.layers.FeedForward)
 
     def respell(self, right: str, wrong: str, where: ModuleType | None = None) -> None:
         """`wrong` for `right` in every einops pattern of the module."""
