@@ -224,7 +224,11 @@ def test_what_drops_out_in_training() -> None:
 # What is done wrong, and what `verify` says of it.
 SLIPS: dict[str, tuple[str, Mapping[str, Any], str]] = {
     "PyTorch's epsilon in SimpleViT": ('simple, with pre_logits', {'EPSILON': EPSILON}, r'epsilon of 1e-05 .* 1e-06'),
-    'erf in SimpleViT': ('simple, linear head', {'tanh_gelu': gelu}, 'GELU by the error function .* instead of tanh'),
+    'erf in SimpleViT': (
+        'simple, linear head',
+        {'FeedForward.ACTIVATION': staticmethod(gelu)},
+        'GELU by the error function .* instead of tanh',
+    ),
     'another epsilon in DeepViT': ('deep, patches', {'layer_norm_epsilon': 1e-5}, r'epsilon of 1e-05 .* 1e-06'),
     'no scale after re-attention': (
         'deep, otherwise',
@@ -246,7 +250,7 @@ def test_causes_are_named(slip: str, monkeypatch: pytest.MonkeyPatch, quick: Non
         if hasattr(model, field):
             model = model.clone(**{field: value})
         else:
-            monkeypatch.setattr(flax_vit.official_simple_vit, field, value)
+            monkeypatch.setattr(f'flax_vit.official_simple_vit.{field}', value)
     report = convert.verify(tensors, converted=(model, variables), **told(right), dtype='float64', count=2)
     assert not report.right
     assert any(re.search(words, cause) for cause in report.causes), report.causes
