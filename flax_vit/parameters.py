@@ -13,16 +13,32 @@ from flax.traverse_util import flatten_dict
 from flax_vit.architectures import MODELS, classes
 from flax_vit.checks import FLOATS, pair
 from flax_vit.layers import Transformer
+from flax_vit.stacking import stacked_path, unstacked_path
 
 
 def variable_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
-    """The shapes of the model's variables by path, ('params', …); nothing is computed."""
+    """The shapes of the model's variables by path, ('params', …); nothing is computed.
+
+    Of blocks that are alike one is traced for all, however many there are.
+    """
     # of any dtype, also of one that JAX has switched off
-    return _variable_shapes(reads_channels_last(model).clone(dtype=None, param_dtype=jnp.float32))
+    model = reads_channels_last(model).clone(dtype=None, param_dtype=jnp.float32)
+    if not hasattr(model, 'scan_layers'):
+        return _traced_shapes(model)
+    shapes = {}
+    for path, shape in _traced_shapes(model.clone(depth=1, scan_layers=False)).items():
+        block, stacked = stacked_path(path)
+        if block is None:
+            shapes[path] = shape
+        elif model.scan_layers:
+            shapes[stacked] = jax.ShapeDtypeStruct((model.depth, *shape.shape), shape.dtype)
+        else:
+            shapes |= {unstacked_path(stacked, number): shape for number in range(model.depth)}
+    return dict(sorted(shapes.items()))
 
 
-@cache  # tracing a deep model takes tenths of a second, and reading a folder asks several times
-def _variable_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
+@cache  # tracing a block takes a fortieth of a second, and reading a folder asks several times
+def _traced_shapes(model: nn.Module) -> Mapping[tuple[str, ...], jax.ShapeDtypeStruct]:
     def init(inputs: jax.Array) -> Any:
         return model.init(jax.random.key(0), inputs)  # a key made out here would be compiled, and take hold of a device
 

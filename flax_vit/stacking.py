@@ -79,14 +79,12 @@ def unstack_layers(variables: Any) -> Any:
                 continue
             if depth is None:
                 raise ValueError(f'It has no array, so the number of blocks is unknown: {"/".join(path)}.')
-            at = path.index('blocks')
             parts: Any = array
             if isinstance(array, jax.ShapeDtypeStruct):
                 parts = [jax.ShapeDtypeStruct(array.shape[1:], array.dtype)] * depth
             elif not _is_array(array):
                 parts = [array] * depth
-            for block, part in enumerate(parts):
-                result[(*path[:at], path[at + 1].replace('layers_', f'layers_{block}_'), *path[at + 2 :])] = part
+            result |= {unstacked_path(path, block): part for block, part in enumerate(parts)}
         return result
 
     return in_dicts(variables, unstack)
@@ -138,3 +136,9 @@ def stacked_path(path: Path) -> tuple[int | None, Path]:
         if match:
             return int(match[1]), (*path[:at], 'blocks', f'layers_{match[2]}', *path[at + 1 :])
     return None, path
+
+
+def unstacked_path(path: Path, block: int) -> Path:
+    """The path of that block's part of what is at a stacked `path`."""
+    at = path.index('blocks')
+    return *path[:at], path[at + 1].replace('layers_', f'layers_{block}_'), *path[at + 2 :]

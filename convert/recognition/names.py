@@ -100,29 +100,33 @@ def to_flax(
     with ThreadPoolExecutor(THREADS) as threads:
 
         def place(array: np.ndarray) -> jax.Array:  # a copy: no leaf stays a view of the file
-            if array.ndim != 2 or array.flags.c_contiguous or param_dtype is not None:
+            if param_dtype is not None:
                 return jnp.array(array, dtype=param_dtype)
-            return jax.device_put(in_order(array, threads))
+            return jax.device_put(aligned_copy(array, threads))
 
         flat = {rule.path: place(rule.to_flax(tensors[rule.name])) for rule in track(list(shapes))}
     variables = unflatten_dict(flat)
     return stack_layers(variables) if stacked else variables
 
 
-def in_order(matrix: np.ndarray, threads: Executor) -> np.ndarray:
-    """A copy of the transposed `matrix` in the order of its axes, where JAX on a CPU takes it over as it is.
+def aligned_copy(array: np.ndarray, threads: Executor) -> np.ndarray:
+    """A copy in the order of its axes, which JAX on a CPU takes over as it is; jnp.array compiles for each shape.
 
-    A few columns at a time: numpy goes by rows of the original, which takes four times as long.
+    Of a matrix a few columns at a time: of a transposed one numpy goes by rows of the original, which takes four times
+    as long.
     """
-    place = np.empty(matrix.nbytes + ALIGNMENT, np.uint8)
+    place = np.empty(array.nbytes + ALIGNMENT, np.uint8)
     start = -place.ctypes.data % ALIGNMENT
-    copy = place[start : start + matrix.nbytes].view(matrix.dtype).reshape(matrix.shape)
+    copy = place[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
 
     def fill(target: np.ndarray, source: np.ndarray) -> None:
         for column in range(0, source.shape[1], COLUMNS):
             target[:, column : column + COLUMNS] = source[:, column : column + COLUMNS]
 
-    list(threads.map(fill, np.array_split(copy, THREADS), np.array_split(matrix, THREADS)))
+    if array.ndim == 2:
+        list(threads.map(fill, np.array_split(copy, THREADS), np.array_split(array, THREADS)))
+    else:
+        copy[...] = array
     return copy
 
 

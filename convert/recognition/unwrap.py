@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert.architectures import architecture_of, layouts_of_all, model_names
-from convert.architectures.architecture import Layout
+from convert.architectures.architecture import Layout, pattern
 from convert.errors import ConversionError, printable
 from convert.files.pickle_reader import Foreign
 from convert.files.tensors import words_for
@@ -107,12 +107,9 @@ def unwrap(
     )
     if any(layout.flax for layout in layouts):
         leaves = list(of_flax(leaves))
+    names = {pattern(leaf.name) for leaf in leaves}
     # A layout's names are read off a model, which takes time. Those that can't fit are for what no other fits.
-    likely = tuple(
-        layout
-        for layout in layouts
-        if all(any(word in leaf.name for leaf in leaves) for word in architecture_of(layout.model).certain)
-    )
+    likely = tuple(layout for layout in layouts if is_likely(layout, names))
     found = candidates(leaves, key, likely, head=head) if likely else []
     if not any(_is_at(each.place, key or '') and not each.fit.different for each in found):
         found = candidates(leaves, key, layouts, head=head)
@@ -142,6 +139,13 @@ def unwrap(
     tables = {name: model.tensors[name] for name in architecture.tables if name in model.tensors}
     fit = replace(model.fit, sizes={**model.fit.sizes, **architecture.told_by_tables(tables)})
     return Unwrapped(model.place.key, tensors, fit, left_aside(leaves, model, {*tensors, *tables}))
+
+
+def is_likely(layout: Layout, names: Iterable[str]) -> bool:
+    """Whether the words that are certain are among the `names`, and a name that it has for another, if it has any."""
+    certain = all(any(word in name for name in names) for word in architecture_of(layout.model).certain)
+    other = [theirs for theirs, ours in layout.renames.items() if theirs != ours]
+    return certain and (not other or any(word in name for word in other for name in names))
 
 
 def walk(tree: Any) -> Iterator[Item]:

@@ -211,5 +211,5 @@ def _place(part: Any, shape: tuple[int, ...], dtype: Any, sharding: Sharding | N
         return pieces[str(index)]
 
     if sharding is None:
-        return jnp.asarray(read((slice(None),) * len(shape)))
+        return jax.device_put(read((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, sharding, read)  # type: ignore[arg-type]  # the index is never None

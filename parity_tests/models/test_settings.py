@@ -13,6 +13,7 @@ import pytest
 from flax import linen as nn
 
 from flax_vit import DeepViT, SimpleViT, ViT, from_pretrained, save_pretrained, stack_layers
+from parity_tests.support.compilations import compilations
 from parity_tests.support.reference import quickly
 from parity_tests.support.slow import slow_but
 from parity_tests.support.small_models import variables_of as random_variables
@@ -176,26 +177,16 @@ def test_looking_at_a_map_changes_no_bit(name: str) -> None:
 @both_models
 def test_without_jit_nothing_is_compiled_twice(name: str, way: str) -> None:
     """In bfloat16, which chooses its products by platform, as well."""
-    compiled: list[str] = []
-
-    def listen(event: str, duration_secs: float, **keywords: str | int) -> None:
-        if event == '/jax/core/compile/backend_compile_duration':
-            compiled.append(event)
-
     options = WAYS['in-chunks'] | WAYS['scanned'] if way == 'everything' else WAYS[way]
     variables = stack_layers(variables_of(name)) if options.get('scan_layers') else variables_of(name)
     for dtype in ('float32', 'bfloat16'):
         model = MODELS[name].clone(**options, dtype=dtype)
         first = model.apply(variables, IMAGES)
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        try:
+        with compilations() as compiled:
             again = model.apply(variables, IMAGES)
             assert not compiled
             jax.jit(lambda x: x + 1)(again)
             assert len(compiled) == 1  # this is how it is heard
-        finally:
-            jax.monitoring.unregister_event_duration_listener(listen)
-        compiled.clear()
         np.testing.assert_array_equal(again, first)
         close(again, logits_of(name, dtype), dtype)
 

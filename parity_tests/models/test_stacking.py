@@ -18,6 +18,7 @@ from jax.sharding import AxisType
 import convert
 from flax_vit import DeepViT, SimpleViT, ViT, from_pretrained, save_pretrained, stack_layers, unstack_layers
 from flax_vit.checks import pair
+from flax_vit.parameters import variable_shapes
 from parity_tests.support.reference import CONFIGURATIONS, QUICK, converted, pytorch
 from parity_tests.support.slow import slow_but
 
@@ -45,6 +46,14 @@ def test_there_and_back(name: str, dtype: torch.dtype) -> None:
     on_the_host = jax.tree.map(np.asarray, variables)
     assert all(isinstance(array, np.ndarray) for array in jax.tree.leaves(stack_layers(on_the_host)))
     assert_same_bits(stack_layers(on_the_host), stacked)
+
+
+@pytest.mark.parametrize('scan_layers', [False, True])
+@pytest.mark.parametrize('name', ['deep-twelve-layers', 'simple-twelve-layers', 'vit-wide'])
+def test_one_block_is_traced_for_all(name: str, scan_layers: bool) -> None:
+    model = converted(CONFIGURATIONS[name], torch.float32)[1].clone(scan_layers=scan_layers)
+    traced = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), images_of(model)))
+    assert list(variable_shapes(model).items()) == list(traced.items())
 
 
 def images_of(model: Any) -> jax.ShapeDtypeStruct:

@@ -20,8 +20,9 @@ from vit_pytorch import ViT, deepvit, simple_vit
 
 import convert
 from convert import ConversionError, ConversionWarning
-from convert.recognition.names import THREADS, in_order
-from flax_vit import DeepViT, SimpleViT
+from convert.recognition.names import ALIGNMENT, THREADS, aligned_copy
+from flax_vit import DeepViT, SimpleViT, from_pretrained, save_pretrained
+from parity_tests.support.compilations import compilations
 
 SIMPLE: dict[str, Any] = {'image_size': (12, 8), 'patch_size': 4, 'num_classes': 5, 'dim': 16, 'depth': 2, 'heads': 3}
 SIMPLE |= {'mlp_dim': 20, 'dim_head': 7, 'channels': 2}
@@ -316,16 +317,33 @@ def test_dropouts_of_several_rates_are_said(deep: Any, part: str) -> None:
         assert convert.inspect(module).fields['dropout'].value == 0.1
 
 
-@pytest.mark.parametrize('shape', [(300, 70), (1, 7), (7, 1), (0, 3), (129, 128)])
+@pytest.mark.parametrize('shape', [(300, 70), (1, 7), (7, 1), (0, 3), (129, 128), (), (0,), (31,), (5, 3, 2, 4)])
 @pytest.mark.parametrize('dtype', [np.float32, np.float64, np.float16, jnp.bfloat16])
-def test_copies_in_order(shape: tuple[int, int], dtype: Any) -> None:
-    matrix = np.random.default_rng(0).standard_normal(shape).astype(dtype).T
+def test_aligned_copies(shape: tuple[int, ...], dtype: Any) -> None:
+    original = np.asarray(np.random.default_rng(0).standard_normal(shape)).astype(dtype)
     with ThreadPoolExecutor(THREADS) as threads:
-        copy = in_order(matrix, threads)
-    assert (copy.shape, copy.dtype) == (matrix.shape, dtype)
-    assert copy.flags.c_contiguous
-    assert copy.tobytes() == matrix.tobytes()
-    assert not np.shares_memory(copy, matrix)
+        for array in (original, original.T):
+            copy = aligned_copy(array, threads)
+            assert (copy.shape, copy.dtype) == (array.shape, dtype)
+            assert copy.flags.c_contiguous
+            assert copy.ctypes.data % ALIGNMENT == 0 or not copy.size
+            assert copy.tobytes() == array.tobytes()
+            assert not np.shares_memory(copy, array)
+
+
+def test_nothing_is_compiled(tmp_path: pathlib.Path) -> None:
+    """A program for each shape would take a tenth of a second for ten of them."""
+    odd: dict[str, Any] = {'num_classes': 7, 'dim': 44, 'depth': 2, 'heads': 2, 'mlp_dim': 52}  # of no other test
+    module = simple_vit.SimpleViT(image_size=8, patch_size=4, **odd)
+    with compilations() as compiled:
+        converted = convert.from_torch(
+            save(module, tmp_path / 'simple.safetensors'), image_size=8, patch_size=4, heads=2, channels=3
+        )
+        save_pretrained(tmp_path / 'folder', *converted)
+        _, variables = from_pretrained(tmp_path / 'folder')
+        assert not compiled
+        jax.jit(lambda x: x + 1)(variables['params']['linear_head']['bias'])
+        assert len(compiled) == 1  # this is how it is heard
 
 
 def test_what_is_converted_is_nobody_elses_memory(simple: torch.nn.Module) -> None:

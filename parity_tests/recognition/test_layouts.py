@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from flax import linen as nn
-from vit_pytorch import simple_vit, vit
+from vit_pytorch import deepvit, simple_vit, vit
 
 import convert
 from convert import ConversionError, recognition
@@ -380,21 +380,25 @@ def test_words_that_are_certain_are_in_each_layout(layout: Layout) -> None:
 
 
 def test_layouts_that_cannot_fit_are_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each takes a tenth of a second, for the model that its names are read off."""
+    """Each takes some hundredths of a second, for the model that its names are read off."""
     tried: list[set[str]] = []
     right = recognition.unwrap.candidates
 
     def candidates(leaves: Any, key: Any, layouts: tuple[Layout, ...], **options: Any) -> Any:
-        tried.append({layout.model.__name__ for layout in layouts})
+        tried.append({layout.id for layout in layouts})
         return right(leaves, key, layouts, **options)
 
     monkeypatch.setattr(recognition.unwrap, 'candidates', candidates)
-    state_dict = simple_vit.SimpleViT(
-        image_size=8, patch_size=4, num_classes=3, dim=16, depth=1, heads=2, mlp_dim=20
-    ).state_dict()
+    fields = {'image_size': 8, 'patch_size': 4, 'num_classes': 3, 'dim': 16, 'depth': 1, 'heads': 2, 'mlp_dim': 20}
+    state_dict = simple_vit.SimpleViT(**fields).state_dict()
     convert.inspect(state_dict)
-    assert tried == [{'SimpleViT'}]
+    assert tried == [{'S3', 'S1', 'S0'}]
     del state_dict['to_patch_embedding.2.weight']
     with pytest.raises(ConversionError, match='The nearest is SimpleViT'):
         convert.inspect(state_dict)
-    assert tried[1:3] == [{'SimpleViT'}, {'SimpleViT', 'DeepViT', 'ViT'}]
+    assert tried[1] == tried[0]
+    assert tried[2] > {'S3', 'D2', 'V8', 'V0a'}
+    convert.inspect(deepvit.DeepViT(**fields).state_dict())
+    assert tried[-1] == {'S3', 'S1', 'S0', 'D2', 'V8', 'V7', 'V6'}  # without the blocks' names of before 1.4
+    convert.inspect(convert.to_torch(*convert.from_torch(deepvit.DeepViT(**fields)), layout='D1'))
+    assert tried[-1] > {'D2', 'D1', 'D0'}
