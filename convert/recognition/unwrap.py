@@ -6,7 +6,7 @@ layouts are tried. What is not part of the model is left aside and reported by g
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -141,7 +141,7 @@ def unwrap(
     return Unwrapped(model.place.key, tensors, fit, left_aside(leaves, model, {*tensors, *tables}))
 
 
-def is_likely(layout: Layout, names: Iterable[str]) -> bool:
+def is_likely(layout: Layout, names: Collection[str]) -> bool:
     """Whether the words that are certain are among the `names`, and a name that it has for another, if it has any."""
     certain = all(any(word in name for name in names) for word in architecture_of(layout.model).certain)
     other = [theirs for theirs, ours in layout.renames.items() if theirs != ours]
