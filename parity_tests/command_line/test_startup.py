@@ -1,9 +1,11 @@
 """What is not used is not imported, and what was compiled is not compiled again."""
 
+import gc
 import os
 import pathlib
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ import pytest
 import convert
 import flax_vit
 from convert.caches import keep_compiled
+from convert.command_line.cli import for_good
 
 DIGITS = pathlib.Path(__file__).parents[2] / 'examples' / 'digits'
 LARGE = {'flax', 'jax', 'matplotlib', 'scipy', 'sklearn', 'torch', 'vit_pytorch'}
@@ -53,6 +56,17 @@ def test_inspecting_takes_no_device(tmp_path: pathlib.Path) -> None:
     """Nothing is compiled, and an accelerator that somebody else uses is left alone."""
     inspect = command('inspect', str(DIGITS / 'simple_vit.pt'))
     assert imported(inspect, tmp_path, JAX_PLATFORMS='none_of_that_name') == {'flax', 'jax'}
+
+
+def test_garbage_is_looked_for_again_after_imports() -> None:
+    """Also after one that failed, but not among what was there."""
+    gc.unfreeze()
+    with suppress(ImportError), for_good():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize('package', [convert, flax_vit])
